@@ -1,0 +1,83 @@
+"""Hyperparameters: which values are legal, how a state stores them, and how a schedule marks its own.
+
+A state holds every numeric hyperparameter as a strong-typed scalar in the widest float that was enabled when
+`init` ran. Of a decay rate β it holds 1 − β alone, under the name `one_minus_β`, since float32 cannot hold β near 1:
+there 1 − 0.9999 is off by 2e-4.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+COMPLEMENT = "one_minus_"
+
+
+class Scheduled(NamedTuple):
+    """Stands in a state for a hyperparameter that a schedule owns."""
+
+    value: Array  # ()  the value last used; at birth, the schedule's value for count 0
+
+
+class _Domain(NamedTuple):
+    contains: Callable[[float], bool]
+    text: str
+
+
+_NOT_NEGATIVE = _Domain(lambda x: x >= 0, "must be at least 0")
+_DECAY_RATE = _Domain(lambda x: 0 <= x < 1, "must lie in [0, 1)")
+_ANY = _Domain(lambda x: not math.isnan(x), "must be a number")
+
+_DOMAINS = {
+    "learning_rate": _NOT_NEGATIVE,
+    "max_norm": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "b1": _DECAY_RATE,
+    "b2": _DECAY_RATE,
+}
+
+
+def check(name: str, value: Any) -> None:
+    """Refuses a value that the hyperparameter `name` cannot take. Schedules and traced values pass unseen.
+
+    Raises:
+      TypeError: the value is not a real number.
+      ValueError: it is not a scalar, is NaN, or lies outside the domain of `name`.
+    """
+    if callable(value):
+        return
+    real_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    real_array = isinstance(value, jax.Array | np.ndarray) and (
+        jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    )
+    if not (real_number or real_array):
+        raise TypeError(f"{name} must be a number or a schedule (a function of count), not {value!r}")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, not an array of shape {jnp.shape(value)}")
+    if isinstance(value, Tracer):
+        return
+    domain = _DOMAINS.get(name, _ANY)
+    if not domain.contains(float(value)):
+        raise ValueError(f"{name} {domain.text}, not {value}")
+
+
+def complement(value: Any) -> Any:
+    """1 − value; in double where the value is a concrete Python or NumPy number."""
+    if isinstance(value, int | float | np.generic):
+        return 1.0 - float(value)
+    return 1 - jnp.asarray(value, jnp.result_type(float))
+
+
+def encode(stored_name: str, value: Any) -> Any:
+    """The number that the state keeps under `stored_name` for a hyperparameter of this value."""
+    return complement(value) if stored_name.startswith(COMPLEMENT) else value
+
+
+def public_name(stored_name: str) -> str:
+    """`b1` for `one_minus_b1`; any other name itself."""
+    return stored_name.removeprefix(COMPLEMENT)

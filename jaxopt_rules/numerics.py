@@ -1,0 +1,82 @@
+"""The arithmetic that every rule shares: running means, bias corrections, norms, and the precision they use."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+
+def widened(dtype: DTypeLike) -> jnp.dtype:
+    """The precision that arithmetic on `dtype` is done in: float32, or `dtype` itself where that is wider."""
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def real(dtype: DTypeLike) -> jnp.dtype:
+    """The real type of a complex `dtype`; a real `dtype` itself."""
+    return jnp.dtype(jnp.finfo(dtype).dtype)
+
+
+@jax.custom_jvp
+def sqrt(x: Array) -> Array:
+    """√x whose derivative at 0 is 0, so that a gradient taken through an update meets no ∞ · 0."""
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    root = jnp.sqrt(x)
+    nonzero = root != 0
+    return root, jnp.where(nonzero, 0.5 / jnp.where(nonzero, root, 1), 0) * dx
+
+
+@jax.custom_jvp
+def one_minus_power(one_minus_b: Array, t: Array) -> Array:
+    """1 − bᵗ from 1 − b, as −expm1(t · log1p(−(1 − b))): no cancellation for b near 1, and right for b = 0."""
+    return -jnp.expm1(t * jnp.log1p(-one_minus_b))
+
+
+@one_minus_power.defjvp
+def _(primals, tangents):
+    (c, t), (dc, _) = primals, tangents
+    return one_minus_power(c, t), t * (1 - c) ** (t - 1) * dc
+
+
+def ema(mean: Array, x: Array, one_minus_b: Array) -> Array:
+    """m ← m + (1 − b)(x − m), the running mean with decay rate b."""
+    return mean + one_minus_b * (x - mean)
+
+
+def debias(mean: Array, one_minus_b: Array, t: Array) -> Array:
+    """m / (1 − bᵗ): what a running mean that began at zero says after `t` values."""
+    return mean / one_minus_power(one_minus_b, t)
+
+
+def abs2(x: Array) -> Array:
+    """|x|², real for a complex `x`."""
+    return x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x
+
+
+def global_norm(tree: Any) -> Array:
+    """√(Σ |x|²) over all inexact arrays of a tree, summed in float32 or wider; 0 for an empty tree.
+
+    Arrays narrower than float32 are read behind an optimization barrier. Without it XLA widens them once for
+    the norm and for whatever else reads them, and keeps that wide copy of the whole tree in memory.
+    """
+    squares = jnp.float32(0)
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            wide = widened(x.dtype)
+            if x.dtype != wide:
+                x = lax.optimization_barrier(x).astype(wide)
+            squares = squares + jnp.sum(abs2(x))
+    return sqrt(squares)
+
+
+def scale(factor: ArrayLike, x: Array) -> Array:
+    """factor · x, in the widened precision of `x` whatever the precision of the scalar `factor`."""
+    wide = widened(x.dtype)
+    return jnp.asarray(factor, real(wide)) * x.astype(wide)

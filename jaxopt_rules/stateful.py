@@ -1,0 +1,849 @@
+"""The documented mutating API: parameters that hold their gradient, and optimizers that update a model in place.
+
+    opt = Adam(alpha=0.001, hook=[weight_decay(1e-4), clip_grad(1.0)])
+    for x, t in batches:
+        cleargrads(model)
+        loss = backward(loss_fn, model, x, t)
+        opt.update(model)
+
+Everything here is a thin shell around rules: an optimizer holds one rule, one state over `{name: array}`, and calls one
+compiled function per update.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.interpreters import partial_eval
+from jax.tree_util import DictKey, tree_flatten_with_path
+
+from jaxopt_rules import trees
+from jaxopt_rules.compose import chain
+from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
+from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for
+from jaxopt_rules.rules.adam import adam, adamw
+from jaxopt_rules.rules.sgd import momentum as momentum_rule
+from jaxopt_rules.rules.sgd import sgd
+from jaxopt_rules.schedules import Schedule
+from jaxopt_rules.state import hyperparameter_entries, hyperparams, leaf_names, metrics, replace_hyperparameters
+from jaxopt_rules.trees import Structure
+
+Hook = Rule | Callable[[list["Parameter"]], Any]
+
+
+class Parameter:
+    """An array and its gradient. `grad` is `None` where there is none, which is not the same as zero.
+
+    Optimizers remember a parameter as the object, not by its name or value.
+    """
+
+    __slots__ = ("__weakref__", "data", "grad")
+
+    data: Array
+    grad: Array | None
+
+    def __init__(self, data: Any, grad: Any = None) -> None:
+        self.data = _array(data)
+        self.grad = None if grad is None else _array(grad)
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.data!r}, grad={self.grad!r})"
+
+
+def _array(x: Any) -> Array:
+    # A weak type would cost a second trace as soon as an update has made it strong.
+    return x if isinstance(x, jax.Array) and not x.weak_type else jnp.array(x, jnp.result_type(x))
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Anything whose `params()` gives its parameters by name."""
+
+    def params(self) -> Mapping[str, Parameter]: ...
+
+
+def _parameters(model: Model) -> dict[Parameter, str]:
+    """The parameters of a model and their names; one that is listed under several names comes once."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"{type(model).__name__} has no params() that gives its parameters by name; for a model that is a pytree, "
+            "pass the gradients too: update(model, grads)"
+        )
+    named: dict[Parameter, str] = {}
+    for name, parameter in model.params().items():
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"params() must give Parameters, but {name!r} is a {type(parameter).__name__}")
+        named.setdefault(parameter, name)
+    return named
+
+
+def cleargrads(model: Model) -> None:
+    """Sets every gradient to `None`, not to zero."""
+    for parameter in _parameters(model):
+        parameter.grad = None
+
+
+def params(model: Model, hook: Iterable[Hook] = ()) -> list[Parameter]:
+    """The parameters that have a gradient, after the hooks have run on them in order.
+
+    What hooks do to the gradients stays in `.grad`. They run when the list is empty, too.
+
+    Raises:
+      TypeError: a hook is a rule that remembers something between updates; such a hook belongs to an `Optimizer`.
+    """
+    hooks = _hooks(hook)
+    for rule in hooks:
+        if isinstance(rule, Rule) and definition_of(rule).remembers:
+            raise TypeError(f"{rule!r} needs a state; give it to an Optimizer: Optimizer(rule, hook=[...])")
+    named = _parameters(model)
+    listed = [parameter for parameter in named if parameter.grad is not None]
+    with _restored_on_error(named):
+        for run in hooks:
+            if isinstance(run, Rule):
+                values = {named[p]: p.data for p in listed}
+                grads, _ = run.update({named[p]: p.grad for p in listed}, run.init(values), values)
+                _write_grads(listed, [grads[named[p]] for p in listed])
+            else:
+                run(listed)
+    return listed
+
+
+def _hooks(hook: Iterable[Hook]) -> tuple[Hook, ...]:
+    hooks = tuple(hook) if isinstance(hook, Iterable) and not isinstance(hook, Rule) else (hook,)
+    for h in hooks:
+        if not isinstance(h, Rule) and not callable(h):
+            as_rule(h, "hook")
+    return hooks
+
+
+def _write_grads(listed: Sequence[Parameter], grads: Sequence[Array]) -> None:
+    for parameter, grad in zip(listed, grads, strict=True):
+        parameter.grad = jnp.asarray(grad, jnp.result_type(grad if parameter.grad is None else parameter.grad))
+
+
+class _restored_on_error:
+    """Puts parameters back as they were when what runs inside raises."""
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self.saved = [(p, p.data, p.grad) for p in parameters]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            for parameter, data, grad in self.saved:
+                parameter.data, parameter.grad = data, grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def backward(loss_fn: Callable[..., Any], model: Model, *args: Any, has_aux: bool = False) -> Any:
+    """Computes the loss and adds its gradient to the `.grad` of every parameter that it depends on.
+
+    `loss_fn(model, *args)` returns a scalar, or (scalar, aux) with `has_aux`. It receives this model itself, whose
+    `Parameter.data` hold traced arrays while it runs; afterwards the model is as it was. It is compiled, once for each
+    set of shapes: what it reads beside parameters and arguments is fixed then, and what it writes to the model
+    is undone. Pass the same function every time, and what changes as an argument.
+
+    A gradient is added to the one that is there. A parameter that the loss does not depend on keeps its `.grad`,
+    `None` if there was none. That is not a zero gradient: such a parameter is not updated at all.
+
+    Args:
+      *args: pytrees of arrays; `None` is allowed.
+
+    Returns:
+      The loss, or (loss, aux).
+
+    Raises:
+      TypeError: the loss is not a real scalar.
+    """
+    named = _parameters(model)
+    compiled = _compiled_backward(loss_fn, model, tuple(named), has_aux)
+    loss, aux, grads = compiled([p.data for p in named], args)
+    fresh, old, more = [], [], []
+    for parameter, grad in zip(named, grads, strict=True):
+        if grad is not None and parameter.grad is None:
+            parameter.grad = grad
+        elif grad is not None:
+            fresh.append(parameter)
+            old.append(parameter.grad)
+            more.append(grad)
+    for parameter, grad in zip(fresh, _sums(old, more), strict=True):
+        parameter.grad = grad
+    return (loss, aux) if has_aux else loss
+
+
+@jax.jit
+def _sums(old: list[Array], more: list[Array]) -> list[Array]:
+    return [x + y for x, y in zip(old, more, strict=True)]
+
+
+# By model, then by what else was compiled for. Nothing here keeps a model alive: its entry goes with it.
+_backwards: dict[int, dict[Any, Callable[..., Any]]] = {}
+
+
+def _compiled_backward(
+    loss_fn: Callable[..., Any], model: Model, parameters: tuple[Parameter, ...], has_aux: bool
+) -> Callable[..., Any]:
+    if id(model) not in _backwards:
+        weakref.finalize(model, _backwards.pop, id(model))
+        _backwards[id(model)] = {}
+    cache, key = _backwards[id(model)], (loss_fn, parameters, has_aux)
+    if key not in cache:
+        cache[key] = _make_backward(loss_fn, weakref.ref(model), parameters, has_aux)
+    return cache[key]
+
+
+def _make_backward(
+    loss_fn: Callable[..., Any], model_of: Callable[[], Any], parameters: tuple[Parameter, ...], has_aux: bool
+) -> Callable[..., Any]:
+    def loss_of(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any]:
+        model = model_of()
+        attributes = dict(vars(model)) if hasattr(model, "__dict__") else {}
+        before = [(p.data, p.grad) for p in parameters]
+        try:
+            for parameter, data in zip(parameters, datas, strict=True):
+                parameter.data = data
+            result = loss_fn(model, *args)
+        finally:
+            for parameter, (data, grad) in zip(parameters, before, strict=True):
+                parameter.data, parameter.grad = data, grad
+            if attributes:
+                vars(model).clear()
+                vars(model).update(attributes)
+        loss, aux = result if has_aux else (result, None)
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(
+                f"the loss must be a real scalar, not {jnp.result_type(loss)} of shape {jnp.shape(loss)}; reduce it, "
+                "for example with jnp.mean"
+            )
+        return jnp.asarray(loss), aux
+
+    @jax.jit
+    def run(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any, list[Array | None]]:
+        # One trace of loss_fn serves the value, the gradient, and the question which parameters it depends on.
+        program, shapes = jax.make_jaxpr(loss_of, return_shape=True)(datas, args)
+        evaluate = jax.extend.core.jaxpr_as_fun(program)
+        treedef = jax.tree.structure(shapes)
+
+        def value(chosen: dict[int, Array]) -> tuple[Array, Any]:
+            everything = [chosen.get(k, data) for k, data in enumerate(datas)]
+            return jax.tree.unflatten(treedef, evaluate(*everything, *jax.tree.leaves(args)))
+
+        inexact = {k: data for k, data in enumerate(datas) if trees.is_inexact(data)}
+        used = _depends_on(lambda chosen: value(chosen)[0], inexact)
+        (loss, aux), grads = jax.value_and_grad(value, has_aux=True)(used)
+        return loss, aux, [grads.get(k) for k in range(len(datas))]
+
+    return run
+
+
+def _depends_on(function: Callable[[dict[int, Array]], Array], xs: dict[int, Array]) -> dict[int, Array]:
+    """Those of `xs` that the derivative of a scalar function depends on, as its program shows."""
+
+    def tangent(dxs: dict[int, Array]) -> Array:
+        return jax.jvp(function, (xs,), (dxs,))[1]
+
+    if not xs:
+        return {}
+    jaxpr = jax.make_jaxpr(tangent)(jax.tree.map(jnp.zeros_like, xs)).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True])
+    return {k: xs[k] for k, hit in zip(sorted(xs), used, strict=True) if hit}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """All that is fixed while an optimizer's update is compiled."""
+
+    rule: Rule
+    hooks: tuple[Rule, ...]  # those that run in the same call, after the hooks that are Python functions
+    first: int  # the position of the first of them among all hooks
+    schedules: tuple[tuple[str, Schedule], ...]  # schedules assigned to fields of the optimizer
+    treedef: Structure  # of the state
+    known: tuple[str, ...]  # the keys that the state is over
+    present: tuple[str, ...]  # the keys of those that have a gradient, in the order of the arguments
+    functions: tuple[tuple[str, Callable[..., Any]], ...]  # extra arguments that are functions
+
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        return (
+            self.rule,
+            self.hooks,
+            self.first,
+            self.schedules,
+            self.treedef,
+            self.known,
+            self.present,
+            self.functions,
+        )
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Program) and self.key == other.key)
+
+
+def _step(
+    program: _Program, leaves: list[Array], datas: list[Array], grads: list[Array], extra: dict[str, Any]
+) -> tuple[list[Array], list[Array], list[Array] | None]:
+    state = jax.tree.unflatten(program.treedef, leaves)
+    absent: dict[str, Any] = dict.fromkeys(program.known)
+    values = absent | dict(zip(program.present, datas, strict=True))
+    gradients = absent | dict(zip(program.present, grads, strict=True))
+    extra = extra | dict(program.functions)
+    entries = hyperparameter_entries(state["rule"])
+    scheduled = {}
+    for name, schedule in program.schedules:
+        entry = entries[name]
+        value = encode(entry.key, schedule(entry.family.state.count))
+        scheduled[entry.address] = jnp.asarray(value, entry.value.dtype)
+    rule_state = replace_hyperparameters(state["rule"], scheduled)
+    hook_states = list(state["hook"])
+    for i, hook in enumerate(program.hooks, program.first):
+        gradients, hook_states[i] = hook.update(gradients, hook_states[i], values, **extra_for(hook, extra))
+    values, rule_state = program.rule.apply(gradients, rule_state, values, **extra_for(program.rule, extra))
+    hooked = None
+    if program.hooks:
+        hooked = [gradients[key].astype(g.dtype) for key, g in zip(program.present, grads, strict=True)]
+    new, treedef = jax.tree.flatten({"hook": tuple(hook_states), "rule": rule_state})
+    if treedef != program.treedef:
+        raise TypeError(f"{program.rule!r} returned a state of another structure than it was given")
+    return new, [values[key] for key in program.present], hooked
+
+
+# State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
+_STEP = {
+    False: jax.jit(_step, static_argnums=0, donate_argnums=1),
+    True: jax.jit(_step, static_argnums=0, donate_argnums=(1, 2)),
+}
+
+
+class Optimizer:
+    """Updates models in place with a rule.
+
+        opt = Optimizer(chain(clip_by_global_norm(1.0), adamw(3e-4)))
+        opt.update(model)                 # a model with params(): uses and keeps Parameter.grad
+        tree = opt.update(tree, grads)    # any pytree: returns the new one
+
+    The hyperparameters of the rule are attributes (`opt.learning_rate = 1e-4`). An assigned number, or schedule,
+    takes effect at the next update; a number does not compile anything anew.
+
+    State belongs to the Parameter object and begins when it first has a gradient. There is one counter, which every
+    update advances; one optimizer may serve several models. The state's buffers are donated in every update. Those of
+    the parameters are with `donate=True`, which saves the memory of a second copy and makes arrays that you still
+    hold unusable.
+
+    Args:
+      rule: the optimizer, as a pair of pure functions.
+      hook: what runs on the gradients first, in order: rules, and functions of the list of those Parameters that have
+        a gradient. What hooks do stays in `.grad`.
+      donate: whether parameters are updated in their own memory.
+    """
+
+    _aliases: ClassVar[Mapping[str, str]] = {}  # documented field -> hyperparameter
+
+    def __init__(self, rule: Rule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
+        self._rule = as_rule(rule, type(self).__name__)
+        if definition_of(self._rule).terminal is False:
+            raise ValueError(
+                f"{rule!r} gives a direction, not an update; end it with step: chain({rule!r}, step(learning_rate))"
+            )
+        self._hook = _hooks(hook)
+        self._donate = donate
+        self._keys: dict[Parameter | str, str] = {}  # what has state (for a pytree: its path) -> its key in the state
+        self._structure: Structure | None = None  # of the model, where it is a pytree
+        self._schedules: dict[str, Schedule] = {}  # assigned to fields
+        self._pending: dict[str, Any] | None = None  # what hooks assign to fields while an update runs
+        self._programs: dict[tuple[Any, ...], _Program] = {}
+        self._set_state(self._init({}))
+
+    # The state is kept as a list of leaves: the form in which a compiled call takes it fastest.
+
+    def _init(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        hooks = tuple(h.init(values) if isinstance(h, Rule) else () for h in self._hook)
+        return {"hook": hooks, "rule": self._rule.init(values)}
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        return jax.tree.unflatten(self._treedef, self._leaves)
+
+    def _set_state(self, state: Any) -> None:
+        self._leaves, self._treedef = jax.tree.flatten(state)
+        self._programs.clear()
+        # Where in the list the value of each field is, and how it is stored.
+        positions = jax.tree.unflatten(self._treedef, range(len(self._leaves)))
+        self._fields = hyperparameter_entries(positions["rule"])
+
+    def _enlarge(self, newcomers: Mapping[Parameter | str, str], values: Mapping[str, Any]) -> None:
+        """Gives newcomers their slots. All that the state holds already is carried over."""
+        self._keys |= newcomers
+        self._set_state(_carried_over(self._state, self._init(values)))
+
+    # Fields
+
+    def _field(self, name: str) -> str | None:
+        """The hyperparameter that an attribute stands for."""
+        name = self._aliases.get(name, name)
+        return name if name in self._fields else None
+
+    def _field_names(self) -> list[str]:
+        documented = {hyperparameter: field for field, hyperparameter in self._aliases.items()}
+        return [documented.get(name, name) for name in self._fields]
+
+    def __getattr__(self, name: str) -> Any:
+        field = None if name.startswith("_") else self._field(name)
+        if field is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if self._pending and field in self._pending:
+            return self._pending[field]
+        if field in self._schedules:
+            return self._schedules[field]
+        entry = self._fields[field]
+        position = entry.value.value if isinstance(entry.value, Scheduled) else entry.value
+        stored = np.asarray(self._leaves[position])
+        return _shortest(1 - stored if entry.key.startswith(COMPLEMENT) else stored)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        field = self._field(name)
+        if field is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no field {name!r}; its fields are {', '.join(self._field_names())}, hook"
+            )
+        check(self._fields[field].name, value)
+        if self._pending is not None:
+            self._pending[field] = value
+        else:
+            self._assign(field, value)
+
+    def _assign(self, field: str, value: Any) -> None:
+        entry = self._fields[field]
+        if callable(value):
+            self._schedules[field] = cast(Schedule, value)
+            value = self._schedules[field](hyperparameter_entries(self._state["rule"])[field].family.state.count)
+            self._programs.clear()
+        elif self._schedules.pop(field, None) is not None:
+            self._programs.clear()
+        if isinstance(entry.value, Scheduled):
+            # From here on the rule's own schedule is overruled by a plain value.
+            state = self._state
+            old = self._leaves[entry.value.value]
+            state["rule"] = replace_hyperparameters(state["rule"], {entry.address: old})
+            self._set_state(state)
+            entry = self._fields[field]
+        old = self._leaves[entry.value]
+        self._leaves[entry.value] = jax.device_put(jnp.array(encode(entry.key, value), old.dtype), old.sharding)
+
+    @property
+    def hook(self) -> tuple[Hook, ...]:
+        """The hooks. Assigning others begins their states anew."""
+        return self._hook
+
+    @hook.setter
+    def hook(self, hook: Iterable[Hook]) -> None:
+        self._hook = _hooks(hook)
+        values = {key: p.data for p, key in self._keys.items() if isinstance(p, Parameter)}
+        if self._structure is not None:
+            raise ValueError("hooks can be assigned before the first update of a pytree model, not after it")
+        self._set_state(self._init(values) | {"rule": self._state["rule"]})
+
+    @property
+    def hyperparams(self) -> dict[str, float]:
+        """The hyperparameters of the rule and of the hooks, as numbers. See `jaxopt_rules.hyperparams`."""
+        return {name: _shortest(value) for name, value in hyperparams(self._state).items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last update recorded, as numbers. See `jaxopt_rules.metrics`."""
+        return {name: _shortest(value) for name, value in metrics(self._state).items()}
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._field_names())
+        shown = fields if self._aliases or type(self) is not Optimizer else repr(self._rule)
+        hook = f", hook={list(self._hook)!r}" if self._hook else ""
+        return f"{type(self).__name__}({shown}{hook})"
+
+    # Updates
+
+    def update(self, model: Any, grads: Any = None, **extra: Any) -> Any:
+        """One step: runs the hooks, advances the counter, and updates what has a gradient.
+
+        Args:
+          model: with `params()`: its parameters are updated in place from their `.grad`; gradients are not cleared.
+            With `grads`: any pytree of arrays.
+          grads: a tree like the model; `None` in it, as in `.grad`, means that the parameter takes no part.
+          **extra: extra arguments of the rule, such as `value`.
+
+        Returns:
+          The model: the same object where it was mutated, and the new one where `grads` were given.
+
+        Raises:
+          ValueError: a gradient has another shape than its parameter, or a pytree has another structure than before.
+          TypeError: the model is neither; it is called on traced arrays; an extra argument is unknown.
+          When it raises, nothing has changed.
+        """
+        leaves, treedef, keys = self._leaves, self._treedef, len(self._keys)
+        self._pending = {}
+        try:
+            new = self._update_parameters(model, extra) if grads is None else self._update_tree(model, grads, extra)
+        except BaseException:
+            self._pending = None
+            for key in list(self._keys)[keys:]:
+                del self._keys[key]
+            if self._leaves is not leaves:
+                self._set_state(jax.tree.unflatten(treedef, leaves))
+            raise
+        pending, self._pending = self._pending, None
+        for field, value in pending.items():
+            self._assign(field, value)
+        return new
+
+    def _update_parameters(self, model: Model, extra: Mapping[str, Any]) -> Model:
+        named = _parameters(model)
+        if self._structure is not None:
+            raise ValueError("this optimizer has updated a pytree; its state cannot be that of Parameters, too")
+        listed = [parameter for parameter in named if parameter.grad is not None]
+        first = 1 + max((i for i, hook in enumerate(self._hook) if not isinstance(hook, Rule)), default=-1)
+        if first:
+            with _restored_on_error(named):
+                self._run_hooks(first, listed, named, extra)
+                self._run(first, [p for p in listed if p.grad is not None], named, extra)
+        else:
+            self._run(first, listed, named, extra)
+        return model
+
+    def _run_hooks(
+        self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
+    ) -> None:
+        """The hooks up to the last Python function among them, one at a time."""
+        for i, hook in enumerate(self._hook[:first]):
+            if not isinstance(hook, Rule):
+                hook(listed)
+                continue
+            self._welcome(listed, named)
+            state = self._state
+            absent = dict.fromkeys(self._keys.values())
+            keys = [self._keys[p] for p in listed]
+            values = absent | dict(zip(keys, [p.data for p in listed], strict=True))
+            grads = absent | dict(zip(keys, [p.grad for p in listed], strict=True))
+            grads, new = hook.update(grads, state["hook"][i], values, **extra_for(hook, extra))
+            state["hook"] = (*state["hook"][:i], new, *state["hook"][i + 1 :])
+            self._leaves = jax.tree.leaves(state)
+            _write_grads(listed, [grads[key] for key in keys])
+
+    def _welcome(self, listed: Iterable[Parameter], named: Mapping[Parameter, str]) -> None:
+        """Makes sure that all of these have a key and their slots."""
+        if self._keys.keys() >= set(listed):
+            return
+        taken = set(self._keys.values())
+        newcomers: dict[Parameter | str, str] = {}
+        for parameter in listed:
+            if parameter not in self._keys:
+                newcomers[parameter] = _unused(named.get(parameter, "parameter"), taken)
+                taken.add(newcomers[parameter])
+        everyone = {**self._keys, **newcomers}
+        self._enlarge(newcomers, {key: p.data for p, key in everyone.items() if isinstance(p, Parameter)})
+
+    def _run(
+        self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
+    ) -> None:
+        self._welcome(listed, named)
+        keys = tuple(map(self._keys.__getitem__, listed))
+        datas, grads = [p.data for p in listed], [p.grad for p in listed]
+        new, hooked = self._call(first, keys, datas, grads, extra)
+        for parameter, data in zip(listed, new, strict=True):
+            parameter.data = data
+        if hooked is not None:
+            for parameter, grad in zip(listed, hooked, strict=True):
+                parameter.grad = grad
+
+    def _update_tree(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
+        if not all(isinstance(hook, Rule) for hook in self._hook):
+            raise TypeError("hooks that are Python functions see Parameters; on a pytree, every hook must be a rule")
+        leaves, structure = trees.flatten(model)
+        if self._structure is None and self._keys:
+            raise ValueError("this optimizer has updated Parameters; its state cannot be that of a pytree, too")
+        if self._structure is not None and structure != self._structure:
+            trees.align(self._structure, model, "the model", "the one that this optimizer updated before")
+            raise ValueError("the model differs in its static fields from the one that this optimizer updated before")
+        gs, treedef = trees.flatten(grads)
+        parts = trees.align(treedef, model, "the model")
+        paths = trees.paths(grads)
+        for k, (g, part) in enumerate(zip(gs, parts, strict=True)):
+            trees.check_gradient(lambda k=k: paths[k], g, part)
+        present = [k for k, g in enumerate(gs) if trees.is_inexact(g) and trees.is_inexact(parts[k])]
+        newcomers: dict[Parameter | str, str] = {paths[k]: paths[k] for k in present if paths[k] not in self._keys}
+        if newcomers:
+            everyone = dict(zip(trees.paths(model), leaves, strict=True))
+            self._enlarge(newcomers, {key: everyone[key] for key in (*self._keys.values(), *newcomers.values())})
+        keys = tuple(paths[k] for k in present)
+        new, _ = self._call(0, keys, [parts[k] for k in present], [gs[k] for k in present], extra)
+        self._structure = structure
+        for k, value in zip(present, new, strict=True):
+            parts[k] = value
+        return jax.tree.unflatten(treedef, parts)
+
+    def _call(
+        self, first: int, keys: tuple[str, ...], datas: list[Any], grads: list[Any], extra: Mapping[str, Any]
+    ) -> tuple[list[Array], list[Array] | None]:
+        """The compiled part of an update. The state has changed when it returns, and not when it raises."""
+        if any(isinstance(x, Tracer) for x in (*datas[:1], *grads[:1])):
+            raise TypeError(
+                f"{type(self).__name__}.update changes objects, which jax.jit cannot trace; "
+                "inside a compiled function, use the rule: params, state = rule.apply(grads, state, params)"
+            )
+        if self._donate and len({*map(id, datas), *map(id, grads)}) < len(datas) + len(grads):
+            self._raise_shared(keys, datas, grads)
+        functions = tuple((name, value) for name, value in extra.items() if callable(value))
+        arrays = {name: value for name, value in extra.items() if not callable(value)}
+        program = self._programs.get((first, keys, functions))
+        if extra:
+            accepting = chain(*(hook for hook in self._hook if isinstance(hook, Rule)), self._rule)
+            check_extra(repr(self), definition_of(accepting).accepts, extra)
+        if program is None:
+            program = _Program(
+                rule=self._rule,
+                hooks=tuple(hook for hook in self._hook[first:] if isinstance(hook, Rule)),
+                first=first,
+                schedules=tuple(self._schedules.items()),
+                treedef=self._treedef,
+                known=tuple(self._keys.values()),
+                present=keys,
+                functions=functions,
+            )
+            self._programs[first, keys, functions] = program
+        self._leaves, new, hooked = _STEP[self._donate](program, self._leaves, datas, grads, arrays)
+        return new, hooked
+
+    def _raise_shared(self, keys: Sequence[str], datas: Sequence[Any], grads: Sequence[Any]) -> None:
+        seen: dict[int, str] = {}
+        what = [f"the data of {key!r}" for key in keys] + [f"the gradient of {key!r}" for key in keys]
+        for name, array in zip(what, (*datas, *grads), strict=True):
+            if id(array) in seen:
+                raise ValueError(
+                    f"{seen[id(array)]} and {name} are one array, which cannot be donated twice; copy it, "
+                    "jnp.array(x), or use donate=False"
+                )
+            seen[id(array)] = name
+
+    # Saving
+
+    def _named(self, model: Any) -> dict[str, Parameter | str]:
+        """What can have state in this model, by its name there."""
+        if isinstance(model, Model):
+            return {name: parameter for parameter, name in _parameters(model).items()}
+        return {path: path for path in trees.paths(model)}
+
+    def state_dict(self, model: Any) -> dict[str, np.ndarray]:
+        """The state of what this model holds, as a flat dict of NumPy arrays, to be saved.
+
+        Its names are made of the parameters' names in this model: `rule.adam.m.linear[0].w`.
+        """
+        names = {self._keys[x]: name for name, x in self._named(model).items() if x in self._keys}
+        state = _rekeyed(self._state, frozenset(self._keys.values()), names)
+        return {name: np.array(x) for name, x in zip(leaf_names(state), jax.tree.leaves(state), strict=True)}
+
+    def load_state_dict(self, model: Any, saved: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave for this model or one like it: slots, counters and hyperparameters.
+
+        A parameter without state in `saved` has none afterwards. The state of other models' parameters stays.
+
+        Raises:
+          ValueError: names are missing or unexpected, or a shape differs; then nothing has changed.
+        """
+        named = self._named(model)
+        arrays = named if isinstance(model, Model) else dict(zip(named, trees.flatten(model)[0], strict=True))
+        values = {name: x.data if isinstance(x, Parameter) else x for name, x in arrays.items()}
+        complete = self._init(values)
+        paths = [path for path, _ in tree_flatten_with_path(complete)[0]]
+        stateful = frozenset(
+            key.key
+            for path, name in zip(paths, leaf_names(complete), strict=True)
+            for key in path
+            if name in saved and isinstance(key, DictKey) and key.key in values
+        )
+        state = _loaded(self._init({name: values[name] for name in stateful}), saved)
+
+        mine = set(named.values())
+        keys: dict[Parameter | str, str] = {x: key for x, key in self._keys.items() if x not in mine}
+        for name in sorted(stateful):
+            keys[named[name]] = self._keys.get(named[name]) or _unused(name, set(keys.values()))
+        state = _rekeyed(state, stateful, {name: keys[named[name]] for name in stateful})
+        born = self._init({key: x.data if isinstance(x, Parameter) else values[x] for x, key in keys.items()})
+        born = _carried_over(state, _carried_over(self._state, born))
+        self._keys = keys
+        self._set_state(born)
+
+
+def _shortest(x: Any) -> float:
+    """The number with the fewest digits that is this scalar in its own precision: 0.001, not 0.0010000000474974513."""
+    return float(str(np.asarray(x)))
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A key for a parameter; two parameters of one name, in two models, are two parameters."""
+    return next(key for i in itertools.count(1) if (key := name if i == 1 else f"{name}#{i}") not in taken)
+
+
+def _carried_over(old: Any, new: Any) -> Any:
+    """`new` with the leaves of `old` in all places that both have."""
+    before = dict(tree_flatten_with_path(old)[0])
+    leaves, treedef = tree_flatten_with_path(new)
+    return jax.tree.unflatten(treedef, [before.get(path, leaf) for path, leaf in leaves])
+
+
+def _rekeyed(state: Any, keys: frozenset[str], names: Mapping[str, str]) -> Any:
+    """A state over `keys` as one over those of them that have a name."""
+    if isinstance(state, dict):
+        if keys and state.keys() == keys:
+            return {names[key]: value for key, value in state.items() if key in names}
+        return {key: _rekeyed(value, keys, names) for key, value in state.items()}
+    if isinstance(state, tuple):
+        parts = [_rekeyed(value, keys, names) for value in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state
+
+
+def _loaded(state: Any, saved: Mapping[str, Any]) -> Any:
+    """`state` with all of its leaves from `saved`, where they stand under the names of `leaf_names`."""
+    names, leaves = leaf_names(state), jax.tree.leaves(state)
+    problems = [f"{name} is missing" for name in names if name not in saved]
+    problems += [f"{name} is unexpected" for name in saved if name not in set(names)]
+    problems += [
+        f"{name} has shape {np.shape(saved[name])}, not {leaf.shape}"
+        for name, leaf in zip(names, leaves, strict=True)
+        if name in saved and np.shape(saved[name]) != leaf.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the saved state does not fit: {', '.join(problems[:5])}{more}")
+    new = [
+        jax.device_put(jnp.array(saved[name], leaf.dtype), leaf.sharding)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documented optimizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SGD(Optimizer):
+    """p ← p − α g, with α = `learning_rate`."""
+
+    learning_rate: float | Schedule
+
+    def __init__(self, learning_rate: float | Schedule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
+        super().__init__(sgd(learning_rate), hook, donate)
+
+
+class Momentum(Optimizer):
+    """v ← μ v − α g,  p ← p + v, with α = `learning_rate` and μ = `momentum`. See `jaxopt_rules.momentum`."""
+
+    learning_rate: float | Schedule
+    momentum: float | Schedule
+
+    def __init__(
+        self,
+        learning_rate: float | Schedule,
+        momentum: float | Schedule = 0.9,
+        hook: Iterable[Hook] = (),
+        donate: bool = False,
+    ) -> None:
+        super().__init__(momentum_rule(learning_rate, momentum), hook, donate)
+
+
+class Adam(Optimizer):
+    """Adam in the documented form, `adam(..., bias_correction="step")` with ε = 1e-8.
+
+        m ← m + (1 − β₁)(g − m)          v ← v + (1 − β₂)(g² − v)
+        α_t = α √(1 − β₂ᵗ) / (1 − β₁ᵗ)          p ← p − α_t m / (√v + ε)
+
+    t counts the updates of this optimizer; m and v of a parameter begin when it first has a gradient.
+    """
+
+    _aliases: ClassVar[Mapping[str, str]] = {"alpha": "learning_rate", "beta1": "b1", "beta2": "b2"}
+    alpha: float | Schedule
+    beta1: float | Schedule
+    beta2: float | Schedule
+
+    def __init__(
+        self,
+        alpha: float | Schedule = 0.001,
+        beta1: float | Schedule = 0.9,
+        beta2: float | Schedule = 0.999,
+        hook: Iterable[Hook] = (),
+        donate: bool = False,
+    ) -> None:
+        super().__init__(adam(alpha, beta1, beta2, bias_correction="step"), hook, donate)
+
+
+class AdamW(Optimizer):
+    """AdamW in the documented form, `adamw(..., bias_correction="step")` with ε = 1e-8.
+
+        p ← p − α_t m / (√v + ε) − α_t λ p          α_t, m, v as in `Adam`, the old p on the right, λ = `weight_decay`
+
+    `AdamW(Adam(alpha=1e-3, hook=hooks), weight_decay=0.01)` takes the settings and hooks of that Adam over (not its
+    state); `AdamW(alpha=1e-3, weight_decay=0.01, hook=hooks)` is the same.
+    """
+
+    _aliases: ClassVar[Mapping[str, str]] = Adam._aliases
+    alpha: float | Schedule
+    beta1: float | Schedule
+    beta2: float | Schedule
+    weight_decay: float | Schedule
+
+    def __init__(
+        self,
+        adam: Adam | None = None,
+        weight_decay: float | Schedule = 0.01,
+        *,
+        alpha: float | Schedule | None = None,
+        beta1: float | Schedule | None = None,
+        beta2: float | Schedule | None = None,
+        hook: Iterable[Hook] | None = None,
+        donate: bool | None = None,
+    ) -> None:
+        if not (adam is None or isinstance(adam, Adam)):
+            raise TypeError(f"AdamW: the first argument is an Adam, not {adam!r}; a rate is given as alpha=...")
+        source = Adam() if adam is None else adam
+        given = {"alpha": alpha, "beta1": beta1, "beta2": beta2}
+        if adam is not None and (double := [name for name, value in given.items() if value is not None]):
+            raise TypeError(f"AdamW: {', '.join(double)} given both by the Adam and directly")
+        settings = {name: getattr(source, name) if value is None else value for name, value in given.items()}
+        super().__init__(
+            adamw(
+                settings["alpha"],
+                settings["beta1"],
+                settings["beta2"],
+                weight_decay=weight_decay,
+                bias_correction="step",
+            ),
+            source.hook if hook is None else hook,
+            source._donate if donate is None else donate,
+        )
