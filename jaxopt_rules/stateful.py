@@ -60,8 +60,9 @@ class Parameter:
 
 
 def _array(x: Any) -> Array:
+    x = jnp.asarray(x)
     # A weak type would cost a second trace as soon as an update has made it strong.
-    return x if isinstance(x, jax.Array) and not x.weak_type else jnp.array(x, jnp.result_type(x))
+    return jnp.array(x, x.dtype) if x.weak_type else x
 
 
 @runtime_checkable
@@ -696,6 +697,7 @@ class Optimizer:
         born = self._init({key: x.data if isinstance(x, Parameter) else values[x] for x, key in keys.items()})
         born = _carried_over(state, _carried_over(self._state, born))
         self._keys = keys
+        self._structure = None if isinstance(model, Model) else trees.flatten(model)[1]
         self._set_state(born)
 
 

@@ -6,6 +6,9 @@ Tests marked `x64` run in the second alone, all others in the first alone.
 import jax
 import pytest
 
+# The laws about sharding need a mesh of more than one device.
+jax.config.update("jax_num_cpu_devices", 2)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wide = bool(jax.config.read("jax_enable_x64"))

@@ -1,0 +1,332 @@
+"""The laws of the library, each over every row of the table and every dtype.
+
+    1 one sign        3 absent is None    5 precision    8 no aliases        10 one compiled update
+    2 one clock       4 fixed point       6 locality     9 abstract birth
+
+(7, nothing unseen, is checked where a rule is built: test_rule.py.) What has to be compiled is compiled once for a
+row and a dtype: a `Probe` runs one program that holds all of it, and the tests read its results.
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from table import ROWS, Row
+
+import jaxopt_rules as jr
+from jaxopt_rules.numerics import widened
+
+
+# Rows of one group run in one worker, which then probes each row once.
+def over(table: list[Row]) -> pytest.MarkDecorator:
+    params = [pytest.param(row, id=row.name, marks=pytest.mark.xdist_group(row.name)) for row in table]
+    return pytest.mark.parametrize("row", params)
+
+
+rows = over(ROWS)
+leafwise_rows = over([row for row in ROWS if row.leafwise])
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(x, id=jnp.dtype(x).name) for x in DTYPES]
+    + [
+        pytest.param(jnp.float64, id="float64", marks=pytest.mark.x64),
+        pytest.param(jnp.float32, id="float32_among_x64", marks=pytest.mark.x64),
+    ],
+)
+STEPS = 3
+PLAIN, HALF, ABOVE, BELOW, ZERO, CONSTANT = range(6)  # the runs of a probe
+H = 1e-3  # of the finite differences, relative
+
+
+def parameters(dtype: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 2), "u": (3, 2), "s": (), "empty": (0, 2)}
+    return {key: jnp.asarray(rng.normal(size=shape), dtype) for key, shape in shapes.items()}
+
+
+def gradients(dtype: Any) -> dict[str, Any]:
+    """STEPS of them, stacked."""
+    rng = np.random.default_rng(1)
+    return {key: jnp.asarray(rng.normal(size=(STEPS, *p.shape)), dtype) for key, p in parameters(dtype).items()}
+
+
+class Probe:
+    """What one compiled program tells about a row in one dtype."""
+
+    def __init__(self, row: Row, dtype: Any) -> None:
+        rule = row.make()
+        params, grads = parameters(dtype), gradients(dtype)
+        first = jax.tree.map(lambda g: g[0], grads)
+        zeros = jax.tree.map(jnp.zeros_like, grads)
+        constant = jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), grads)
+        state = rule.init(params)
+        # Half of it, so that a decay rate near 1 leaves room for a difference above.
+        value = jr.hyperparams(state)[row.live] / 2
+
+        def run(case):
+            """STEPS updates in a scan, with the live hyperparameter at a value: (params, state, updates)."""
+            value, grads = case
+
+            def body(carry, g):
+                params, state = carry
+                updates, state = rule.update(g, state, params)
+                return (jr.apply_updates(params, updates), state), updates
+
+            start = params, jr.set_hyperparams(state, **{row.live: value})
+            (end, last), updates = jax.lax.scan(body, start, grads)
+            return end, last, updates
+
+        def total(value, grads):
+            return sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(run((value, grads))[2]))
+
+        def program():
+            values = value * jnp.array([1, 0.5, 1 + H, 1 - H, 1, 1], value.dtype)
+            sequences = [grads, grads, grads, grads, zeros, constant]
+            cases = values, jax.tree.map(lambda *g: jnp.stack(g), *sequences)
+            return {
+                "runs": jax.lax.map(run, cases),
+                "vmapped": jax.vmap(run)(cases),
+                "slopes": jax.lax.map(
+                    lambda case: jax.grad(total)(*case), jax.tree.map(lambda x: x[jnp.array([PLAIN, ZERO])], cases)
+                ),
+                "updated": rule.update(first | {"w": None}, state, params),
+                "applied": rule.apply(first | {"w": None}, state, params),
+                "alone": {
+                    key: rule.update({key: first[key]}, rule.init({key: params[key]}), {key: params[key]})[0][key]
+                    for key in first
+                },
+                "together": rule.update(first, state, params)[0],
+            }
+
+        self.params, self.grads, self.state, self.value = params, grads, state, value
+        facts = jax.jit(program)()
+        self.runs, self.vmapped, self.slopes = facts["runs"], facts["vmapped"], facts["slopes"]
+        self.updated, self.applied = facts["updated"], facts["applied"]
+        self.alone, self.together = facts["alone"], facts["together"]
+        self.totals = sum(jnp.sum(jnp.square(u), range(1, u.ndim)) for u in jax.tree.leaves(self.runs[2]))
+
+    def run(self, case: int) -> tuple[Any, Any, Any]:
+        return jax.tree.map(lambda x: x[case], self.runs)
+
+
+probe = cache(Probe)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counter():
+    chex.clear_trace_counter()
+
+
+def counts(state: Any) -> list[int]:
+    return [int(x) for path, x in jax.tree_util.tree_leaves_with_path(state) if ".count" in jax.tree_util.keystr(path)]
+
+
+def of_w(state: Any) -> list[Any]:
+    """What a state holds for the parameter `w`."""
+    return [x for path, x in jax.tree_util.tree_leaves_with_path(state) if jax.tree_util.DictKey("w") in path]
+
+
+def finite(tree: Any) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+@rows
+def test_1_one_sign(row):
+    updates = probe(row, jnp.float32).run(CONSTANT)[2]
+    grads = gradients(jnp.float32)
+    product = sum(float(jnp.sum(u * grads[key][0])) for key, u in updates.items())
+    assert product < 0 if row.rate else product > 0
+
+
+@rows
+@dtypes
+def test_2_one_clock(row, dtype):
+    facts = probe(row, dtype)
+    assert set(counts(facts.state)) <= {0}
+    assert set(counts(facts.run(PLAIN)[1])) <= {STEPS}
+    assert set(counts(facts.updated[1])) <= {1}
+
+
+@rows
+@dtypes
+def test_3_a_missing_gradient_changes_nothing(row, dtype):
+    facts = probe(row, dtype)
+    updates, state = facts.updated
+    assert updates["w"] is None
+    assert all(updates[key] is not None for key in ("u", "s", "empty"))
+    np.testing.assert_array_equal(facts.applied[0]["w"], facts.params["w"])
+    chex.assert_trees_all_equal(of_w(facts.state), of_w(state))
+
+
+@rows
+def test_3_leaves_that_are_no_inexact_arrays_are_absent(row):
+    rule = row.make()
+    others = {"n": jnp.arange(3), "f": jnp.tanh, "none": None, "key": jax.random.key(0), "rate": 0.5}
+    params = {"w": jnp.ones((2, 2)), **others}
+    float0 = np.zeros(3, jax.dtypes.float0)
+    grads = {"w": jnp.ones((2, 2)), "n": float0, "f": None, "none": None, "key": None, "rate": None}
+    state = rule.init(params)
+    updates, after = rule.update(grads, state, params)
+    assert {key for key, u in updates.items() if u is not None} == {"w"}
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    new, _ = rule.apply(grads, state, params)
+    assert {key: new[key] for key in others} == others
+
+
+@rows
+@dtypes
+def test_4_fixed_point(row, dtype):
+    rule, params = row.make(), parameters(dtype)
+    state = rule.init(params)
+    for other in [*DTYPES, jnp.float64] if jax.config.read("jax_enable_x64") else DTYPES:
+        grads = jax.tree.map(lambda p, other=other: p.astype(other), params)
+        _, after = jax.eval_shape(rule.update, grads, state, params)
+        new, applied = jax.eval_shape(rule.apply, grads, state, params)
+        for result in (after, applied):
+            chex.assert_trees_all_equal_structs(state, result)
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, result)
+            assert not any(x.weak_type for x in jax.tree.leaves(result))
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, new)
+
+
+@rows
+def test_4_scalars_live_on_the_mesh_of_the_parameters(row):
+    rule = row.make()
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    over_x, everywhere = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
+    params = {"w": jax.device_put(jnp.ones((4, 2)), over_x), "b": jax.device_put(jnp.ones(3), everywhere)}
+    state = rule.init(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        expected = over_x if jax.tree_util.DictKey("w") in path else everywhere
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
+    apply = jax.jit(chex.assert_max_traces(lambda p, s: rule.apply(p, s, p), n=1))
+    born = jax.tree.map(lambda x: x.sharding, state)
+    params, state = apply(params, state)
+    params, state = apply(params, state)
+    assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, born) == jax.tree.map(
+        lambda _: True, born
+    )
+    jitted = jax.jit(rule.init, out_shardings=born)(params)
+    assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), jitted, born) == jax.tree.map(
+        lambda _: True, born
+    )
+
+
+@rows
+@dtypes
+def test_5_slots_are_float32_or_wider(row, dtype):
+    facts = probe(row, dtype)
+    for leaf in jax.tree.leaves((facts.state, facts.together)):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            assert leaf.dtype == jnp.promote_types(leaf.dtype, widened(dtype))
+
+
+@rows
+@dtypes
+def test_5_a_zero_gradient_makes_no_nan(row, dtype):
+    facts = probe(row, dtype)
+    assert finite(facts.run(ZERO))
+    assert finite(facts.slopes)
+
+
+@rows
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(jnp.float32, 2e-2, id="float32"),
+        pytest.param(jnp.float64, 1e-5, id="float64", marks=pytest.mark.x64),
+    ],
+)
+def test_5_slope_of_a_live_value_is_that_of_finite_differences(row, dtype, tolerance):
+    facts = probe(row, dtype)
+    difference = (facts.totals[ABOVE] - facts.totals[BELOW]) / (2 * H * facts.value)
+    noise = tolerance * facts.totals[PLAIN] / facts.value
+    np.testing.assert_allclose(facts.slopes[0], difference, rtol=tolerance, atol=noise)
+
+
+@leafwise_rows
+@dtypes
+def test_6_locality(row, dtype):
+    facts = probe(row, dtype)
+    chex.assert_trees_all_equal(facts.alone, facts.together)
+
+
+@rows
+def test_8_no_two_leaves_share_a_buffer(row):
+    params = parameters(jnp.float32)
+    leaves = [x for x in jax.tree.leaves((params, row.make().init(params))) if x.size]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
+@rows
+@dtypes
+def test_9_abstract_birth(row, dtype):
+    rule, params = row.make(), parameters(dtype)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    state = rule.init(params)
+    abstract = jax.eval_shape(rule.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    assert not any(x.weak_type for x in jax.tree.leaves(abstract))
+    chex.assert_trees_all_equal(state, rule.init(shapes))
+
+
+@rows
+def test_10_one_compiled_update(row):
+    """Values change without a retrace, parameters and state are donated, and a `None` pattern is traced once."""
+    rule = row.make()
+    facts = probe(row, jnp.float32)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    @chex.assert_max_traces(n=2)
+    def apply(params, state, grads):
+        return rule.apply(grads, state, params)
+
+    first = jax.tree.map(lambda g: g[0], facts.grads)
+    params, state = jax.tree.map(jnp.array, (facts.params, facts.state))
+    names = [name for name in jr.hyperparams(state) if name not in scheduled(facts.state)]
+    for value in (0.5, 0.25):
+        for grads in (first, first | {"w": None}):
+            given = (params, state)
+            params, state = apply(params, state, grads)
+            assert all(x.is_deleted() for x in jax.tree.leaves(given) if x.ndim and x.size)
+            state = jr.set_hyperparams(state, **dict.fromkeys(names, value))
+            for name in names:
+                assert jr.hyperparams(state)[name] == value
+
+
+def scheduled(state: Any) -> set[str]:
+    """The hyperparameters that cannot be set."""
+    owned = set()
+    for name in jr.hyperparams(state):
+        try:
+            jr.set_hyperparams(state, **{name: 0.5})
+        except ValueError:
+            owned.add(name)
+    return owned
+
+
+@rows
+@dtypes
+def test_pair_and_apply_give_the_same(row, dtype):
+    facts = probe(row, dtype)
+    updates, state = facts.updated
+    # XLA contracts the last product of the fused form into the sum with the parameter: one rounding less.
+    tolerance = 2 * float(jnp.finfo(dtype).eps)
+    pair = jr.apply_updates(facts.params, updates), state
+    chex.assert_trees_all_close(facts.applied, pair, rtol=tolerance, atol=tolerance)
+
+
+@rows
+@dtypes
+def test_vmap_over_a_live_value_equals_separate_runs(row, dtype):
+    facts = probe(row, dtype)
+    # One rounding may differ: compiled for six values at once, XLA contracts other products into sums.
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    chex.assert_trees_all_close(facts.vmapped, facts.runs, rtol=tolerance, atol=tolerance)
+    assert row.rate is None or not np.array_equal(facts.run(PLAIN)[2]["w"], facts.run(HALF)[2]["w"])
