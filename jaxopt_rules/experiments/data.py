@@ -1,0 +1,152 @@
+"""Tables to train on: scikit-learn's digits, or a CSV file, as standardized arrays in two parts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MIN_ROWS = 10
+MAX_NUMERIC_CLASSES = 20
+MAX_CATEGORIES = 100
+
+
+class UserError(Exception):
+    """What was asked for cannot be done. The message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to train on and rows to test on; a fifth of all rows, chosen by the seed, is for testing."""
+
+    name: str
+    x_train: np.ndarray  # (rows, features)  float32
+    t_train: np.ndarray  # (rows,) int32 class numbers; for regression (rows, 1) float32
+    x_test: np.ndarray
+    t_test: np.ndarray
+    classes: int | None  # how many; None: regression
+    notes: tuple[str, ...] = ()  # what was left out, a sentence each
+
+
+def digits(seed: int) -> Dataset:
+    """1797 images of 8 x 8 pixels, each of one of ten digits, from scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    train, test = _split(len(bunch.data), seed)
+    x = _standardized(bunch.data, train)
+    t = bunch.target.astype(np.int32)
+    return Dataset("digits", x[train], t[train], x[test], t[test], classes=10)
+
+
+def read_csv(path: str, target: str, seed: int) -> Dataset:
+    """The rows of a CSV file with a header; `target` names the column to predict.
+
+    The target is a class where it is text (or true and false), or consists of whole numbers, at most 20 different
+    ones. Any other numeric target is a quantity, which is standardized: that is regression.
+
+    Numeric columns are standardized, those of one value become 0. Text columns become one column of 0 and 1 for each
+    text; those of more than 100 different texts (names, identifiers, dates) are left out, as are empty columns. Rows
+    in which anything is then missing are dropped; a number that float32 cannot hold counts as missing.
+
+    Raises:
+      UserError: the file cannot be read or has no such column; there are fewer than 10 whole rows, or no other column;
+        the target has one value only, more than 100 texts, or a class that occurs in no training row.
+    """
+    import pandas as pd
+
+    frame = _read(path)
+    if target not in frame:
+        raise UserError(f"{path} has no column {target!r}; choose --target from {_listed(frame.columns)}")
+    numeric = [name for name in frame if pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool]
+    for name in numeric:
+        values = frame[name].astype(float)
+        frame[name] = values.where(values.abs() <= np.finfo(np.float32).max)
+
+    left_out = {
+        "empty": [name for name in frame if name != target and frame[name].isna().all()],
+        f"of more than {MAX_CATEGORIES} different texts": [
+            name for name in frame if name != target and name not in numeric and frame[name].nunique() > MAX_CATEGORIES
+        ],
+    }
+    notes = [f"left out, {why}: {_listed(names)}" for why, names in left_out.items() if names]
+    frame = frame.drop(columns=[name for names in left_out.values() for name in names])
+    features = [name for name in frame if name != target]
+    if not features:
+        raise UserError(f"{path} has no column besides {target!r} to learn from")
+
+    whole = frame.dropna()
+    if dropped := len(frame) - len(whole):
+        notes.append(f"dropped {dropped} of {len(frame)} rows, in which something is missing")
+    if len(whole) < MIN_ROWS:
+        worst = frame.isna().sum().idxmax()
+        hint = f"; most often {worst!r} is missing: fill or remove that column" if dropped else ""
+        raise UserError(f"{path} has {len(whole)} whole rows, and at least {MIN_ROWS} are needed{hint}")
+
+    train, test = _split(len(whole), seed)
+    numbers = _standardized(whole[[name for name in features if name in numeric]].to_numpy(float), train)
+    texts = whole[[name for name in features if name not in numeric]].astype(str)
+    x = np.hstack([numbers, *(pd.get_dummies(texts[name], dtype=np.float32).to_numpy() for name in texts)])
+    t, classes = _target(whole[target], target in numeric, train)
+    return Dataset(Path(path).name, x[train], t[train], x[test], t[test], classes, tuple(notes))
+
+
+def _read(path: str) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            frame = pd.read_csv(file, low_memory=False)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no CSV file in UTF-8 with a header: {error}") from error
+    # Where rows are longer than the header, pandas takes their first fields for labels of the rows.
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(f"{path} has rows with more fields than its header; give every column a name")
+    return frame
+
+
+def _target(column: "pd.Series", numeric: bool, train: np.ndarray) -> tuple[np.ndarray, int | None]:
+    """The target as an array, and the number of its classes."""
+    values = column.to_numpy(float) if numeric else column.astype(str).to_numpy(object)
+    different, numbers = np.unique(values, return_inverse=True)
+    if len(different) == 1:
+        raise UserError(f"the target {column.name!r} is {different[0]} in every row; choose another --target")
+    if numeric and (len(different) > MAX_NUMERIC_CLASSES or any(different % 1)):
+        if np.ptp(values[train]) == 0:
+            raise UserError(f"the target {column.name!r} has one value in all training rows; try another --seed")
+        return _standardized(values[:, None], train), None
+    if len(different) > MAX_CATEGORIES:
+        raise UserError(
+            f"the target {column.name!r} has {len(different)} different texts, over {MAX_CATEGORIES}, too many for "
+            "classes; choose another --target"
+        )
+    for number in np.flatnonzero(np.bincount(numbers[train], minlength=len(different)) == 0):
+        name = f"{different[number]:g}" if numeric else different[number]
+        raise UserError(
+            f"the class {name!r} of {column.name!r} occurs in no training row ({np.sum(numbers == number)} rows in "
+            "all); remove it, add rows of it, or try another --seed"
+        )
+    return numbers.astype(np.int32), len(different)
+
+
+def _split(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.random.default_rng(seed).permutation(rows)
+    return order[rows // 5 :], order[: rows // 5]
+
+
+def _standardized(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and variance 1 over the training rows; 0 where they have one value there."""
+    known = x[train]
+    # Not by a variance of 0: rounding leaves that of a constant 0.1 above it.
+    scale = np.where(np.ptp(known, axis=0) == 0, np.inf, known.std(axis=0))
+    return ((x - known.mean(axis=0)) / scale).astype(np.float32)
+
+
+def _listed(names: "pd.Index | list[str]") -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more

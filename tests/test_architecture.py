@@ -1,0 +1,108 @@
+"""The shape of the code: who imports whom, what an import costs, and what a public docstring holds."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from table import ROWS
+
+import jaxopt_rules as jr
+from jaxopt_rules.rule import Written
+
+PACKAGE = Path(jr.__file__).parent
+
+# A module may import those in front of it. Modules on one line do not import each other.
+ORDER = [
+    ["numerics", "schedules", "hyperparameters"],
+    ["trees"],
+    ["select"],
+    ["rule"],
+    ["apply", "hooks", "compose"],
+    ["rules"],
+    ["state"],
+    ["stateful"],
+    ["models"],
+    ["experiments"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports, dotted."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    for name in imports(path):
+        if name.startswith("jaxopt_rules."):
+            other = name.split(".")[1]
+            same_folder = other == part(path) and (PACKAGE / other).is_dir()
+            assert RANK[other] < RANK[part(path)] or same_folder, name
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "rules").glob("*.py")), ids=lambda path: path.name)
+def test_rules_know_nothing_of_trees(path):
+    assert not [name for name in imports(path) if name.startswith(("jax.tree", "jaxopt_rules.trees"))]
+    assert "jax.tree" not in path.read_text()
+
+
+def test_importing_it_imports_jax_and_nothing_else():
+    """Modules by their distribution's top name: those that `import jax` brings, and ours."""
+    script = (
+        "import sys, jax, jax.extend; before = set(sys.modules); import jaxopt_rules; print(set(sys.modules) - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    new = {name.split(".")[0] for name in ast.literal_eval(run.stdout)}
+    assert new - set(sys.stdlib_module_names) - {"jax", "jaxlib"} == {"jaxopt_rules"}
+
+
+def is_rule_constructor(x: object) -> bool:
+    return inspect.isfunction(x) and x.__module__.startswith("jaxopt_rules") and hasattr(x, "__wrapped__")
+
+
+CONSTRUCTORS = {name: x for name, x in vars(jr).items() if is_rule_constructor(x)}
+LIFTS = {"leafwise", "treewise", "chain", "identity"}
+
+
+@pytest.mark.parametrize("name", sorted(CONSTRUCTORS.keys() - LIFTS))
+def test_a_constructor_is_documented_and_in_the_table(name):
+    """One line, the equations or where they stand, and memory; every constructor occurs in a row."""
+    doc = inspect.getdoc(CONSTRUCTORS[name])
+    assert doc
+    assert doc.splitlines()[0].endswith((".", ":", ")."))
+    if not name.endswith("_direction"):
+        assert "←" in doc
+        assert "Memory:" in doc
+    assert CONSTRUCTORS[name].__name__ in used_in_the_table()
+
+
+def used_in_the_table() -> set[str]:
+    def constructors(written: Written) -> set[str]:
+        members = (*written.args, *written.kwargs.values())
+        inner = [constructors(m.update.written) for m in members if isinstance(m, jr.Rule)]
+        return {written.constructor.__name__}.union(*inner)
+
+    return set().union(*(constructors(row.make().update.written) for row in ROWS))
+
+
+def test_every_public_name_is_documented():
+    for name, x in vars(jr).items():
+        if not name.startswith("_") and (inspect.isfunction(x) or inspect.isclass(x)):
+            assert inspect.getdoc(x), name

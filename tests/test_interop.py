@@ -1,0 +1,166 @@
+"""Our rules, as they are, where Optax's are expected: optax.chain, nnx.Optimizer, TrainState, an Equinox loop.
+
+The packages are the dependency group `interop`; a test whose package is absent is skipped.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxopt_rules as jr
+
+RNG = np.random.default_rng(0)
+PARAMS = {"w": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32), "b": jnp.zeros(2)}
+GRADS = [jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), p.dtype), PARAMS) for _ in range(5)]
+
+# Optax's Adam in float32 is itself off by 7e-6 of its direction.
+ADAM = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture
+def optax():
+    return pytest.importorskip("optax")
+
+
+def train(rule, apply_updates=jr.apply_updates):
+    params, state = PARAMS, rule.init(PARAMS)
+    for g in GRADS:
+        updates, state = jax.jit(rule.update)(g, state, params)
+        params = apply_updates(params, updates)
+    return params, state
+
+
+def test_members_of_optax_chain(optax):
+    mixed, state = train(optax.chain(optax.clip(0.5), jr.adamw(0.1)), optax.apply_updates)
+    theirs, _ = train(optax.chain(optax.clip(0.5), optax.adamw(0.1, weight_decay=0.01)), optax.apply_updates)
+    chex.assert_trees_all_close(mixed, theirs, **ADAM)
+    np.testing.assert_allclose(optax.tree.get(state, "learning_rate"), 0.1, rtol=1e-6)
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.5))
+    assert jr.hyperparams(state)["learning_rate"] == 0.5
+
+
+def test_optax_members_of_our_chain(optax):
+    ours, _ = train(jr.chain(optax.clip(0.5), optax.scale_by_adam(), jr.step(0.1)))
+    theirs, _ = train(optax.chain(optax.clip(0.5), optax.adam(0.1)), optax.apply_updates)
+    chex.assert_trees_all_close(ours, theirs, **ADAM)
+
+
+@pytest.mark.parametrize("wrap", ["masked", "MultiSteps", "apply_if_finite", "partition", "inject"])
+def test_inside_optax_wrappers(optax, wrap):
+    def wrapped(rule):
+        match wrap:
+            case "masked":
+                return optax.masked(rule, {"w": True, "b": False})
+            case "MultiSteps":
+                return optax.MultiSteps(rule, 2)
+            case "apply_if_finite":
+                return optax.apply_if_finite(rule, 3)
+            case "partition":
+                return optax.partition({"x": rule, "y": optax.sgd(0.1)}, {"w": "x", "b": "y"})
+            case "inject":
+                return optax.chain(rule, optax.inject_hyperparams(optax.scale)(1.0))
+
+    ours, _ = train(wrapped(jr.sgd(0.1, 0.9)), optax.apply_updates)
+    theirs, _ = train(wrapped(optax.sgd(0.1, 0.9)), optax.apply_updates)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mutating_layer_takes_an_optax_transformation(optax):
+    model_ours, model_theirs = PARAMS, PARAMS
+    ours, theirs = jr.Optimizer(jr.adam(0.1)), jr.Optimizer(jr.Rule(*optax.adam(0.1)))
+    for g in GRADS:
+        model_ours, model_theirs = ours.update(model_ours, g), theirs.update(model_theirs, g)
+    chex.assert_trees_all_close(model_ours, model_theirs, **ADAM)
+
+
+def test_nnx_optimizer(optax):
+    nnx = pytest.importorskip("flax.nnx")
+
+    def losses(tx):
+        model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+
+        @nnx.jit
+        def step(model, optimizer):
+            loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
+            optimizer.update(model, grads)
+            return loss
+
+        return [float(step(model, optimizer)) for _ in range(5)]
+
+    ours = losses(jr.chain(jr.clip_grad(1.0), jr.adamw(0.1)))
+    theirs = losses(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.01)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_flax_train_state(optax):
+    linen = pytest.importorskip("flax.linen")
+    train_state = pytest.importorskip("flax.training.train_state")
+    serialization = pytest.importorskip("flax.serialization")
+    module = linen.Dense(2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+
+    def final(tx):
+        state = train_state.TrainState.create(apply_fn=module.apply, params=module.init(jax.random.key(0), x), tx=tx)
+        for _ in range(5):
+            grads = jax.grad(lambda p: jnp.mean((module.apply(p, x) - 1) ** 2))(state.params)
+            state = state.apply_gradients(grads=grads)
+        return state
+
+    ours, theirs = final(jr.adam(0.1)), final(optax.adam(0.1))
+    chex.assert_trees_all_close(ours.params, theirs.params, **ADAM)
+    saved = serialization.to_state_dict(ours)
+    chex.assert_trees_all_equal(serialization.from_state_dict(ours, saved).opt_state, ours.opt_state)
+
+
+def test_equinox_loop(optax):
+    eqx = pytest.importorskip("equinox")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+
+    def loss(model):
+        return jnp.mean((jax.vmap(model)(x) - 1) ** 2)
+
+    def final(tx, make_state, apply_updates):
+        model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+        state = make_state(tx, model)
+
+        @eqx.filter_jit(donate="all")
+        def step(model, state):
+            grads = eqx.filter_grad(loss)(model)
+            updates, state = tx.update(grads, state, model)
+            return apply_updates(model, updates), state
+
+        for _ in range(5):
+            model, state = step(model, state)
+        return eqx.filter(model, eqx.is_array)
+
+    rule = jr.chain(jr.clip_grad(1.0), jr.adamw(0.1))
+    # The raw module, with its static fields and functions, goes in.
+    ours = final(rule, lambda tx, model: tx.init(model), jr.apply_updates)
+    theirs = final(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.01)),
+        lambda tx, model: tx.init(eqx.filter(model, eqx.is_inexact_array)),
+        eqx.apply_updates,
+    )
+    chex.assert_trees_all_close(ours, theirs, **ADAM)
+    chex.assert_trees_all_close(
+        final(rule, lambda tx, model: tx.init(model), eqx.apply_updates), ours, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_mutating_layer_on_an_equinox_module():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    x = jnp.ones((8, 4))
+    opt = jr.Optimizer(jr.adamw(0.01, where="**/weight"))
+    loss = eqx.filter_jit(eqx.filter_value_and_grad(lambda model: jnp.mean((jax.vmap(model)(x) - 1) ** 2)))
+    losses = []
+    for _ in range(20):
+        value, grads = loss(model)
+        model = opt.update(model, grads)
+        losses.append(float(value))
+    assert losses[-1] < 0.1 * losses[0]
+    assert model.activation is eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0)).activation

@@ -1,0 +1,23 @@
+"""Runs the tests marked `x64` in a process of their own, with 64-bit types enabled from its start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_64_bit_process():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "x64 and not oracle", str(Path(__file__).parent)],
+        env=environment | {"JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0:
+        pytest.fail(f"{run.stdout[-20_000:]}\n{run.stderr[-2_000:]}", pytrace=False)
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
