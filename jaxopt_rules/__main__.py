@@ -1,6 +1,7 @@
 """The command line: `python -m jaxopt_rules compare`."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ the same batches. Prints a table and writes loss.png.
 
 Data is scikit-learn's digits, or a CSV file with a header. Its target is a
 class where it is text, or whole numbers of at most {MAX_NUMERIC_CLASSES} different values; any
-other numeric target is a quantity: regression with R² in place of accuracy.
-Numeric columns are standardized, text becomes one column for each text (columns
-of more than {MAX_CATEGORIES} texts are left out), rows with missing values are dropped.
+other numeric target is a quantity: regression, with R² in place of accuracy.
+Numeric columns are standardized, text becomes one column for each text. Empty
+columns and identifiers (a text of its own in every row, or more than {MAX_CATEGORIES} texts)
+are left out, then rows with missing values are dropped.
 """
 
 EXAMPLES = f"""\
@@ -73,11 +75,19 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = "sgd,momentum,adam,adamw"
-    compare.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    compare.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/compare"),
+        help="where loss.png goes; default: %(default)s",
+    )
     compare.add_argument(
         "--optimizers", metavar="NAMES", type=_names, default=names, help="separated by commas; default: %(default)s"
     )
-    compare.add_argument("--steps", metavar="N", type=_steps, default=1000, help="updates each; default: %(default)s")
+    compare.add_argument(
+        "--steps", metavar="N", type=_steps, default=1000, help="updates with each; default: %(default)s"
+    )
     compare.add_argument(
         "--seed", metavar="N", type=_seed, default=0, help="of the split, weights and batches; default: %(default)s"
     )
@@ -104,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
             raise
-        return _refuse(f'this needs {error.name}: pip install "jaxopt_rules[experiments]"')
+        return _refuse(f'this needs {missing}: pip install "jaxopt_rules[experiments]"')
     except KeyboardInterrupt:
         return 130
     return 0
@@ -119,4 +130,7 @@ def _refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
+    # R² and the names of columns are not worth failing for where output can hold ASCII alone.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxopt_rules.hyperparameters import Address
 from jaxopt_rules.rule import Definition, Rule, as_rule, constructor, definition_of, extra_for
+from jaxopt_rules.schedules import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +20,22 @@ class _Chain(Definition):
         return True if True in members else None if None in members else False
 
     @property
+    def schedules(self) -> dict[Address, Schedule]:
+        places = range(len(self.rules)) if self.names is None else self.names
+        return {
+            ((place, *inner), key): schedule
+            for place, rule in zip(places, self.rules, strict=True)
+            for (inner, key), schedule in definition_of(rule).schedules.items()
+        }
+
+    @property
     def remembers(self) -> bool:
         return any(definition_of(rule).remembers for rule in self.rules)
 
     @property
-    def accepts(self) -> frozenset[str]:
-        return frozenset().union(*(definition_of(rule).accepts for rule in self.rules))
+    def accepts(self) -> frozenset[str] | None:
+        members = [definition_of(rule).accepts for rule in self.rules]
+        return None if None in members else frozenset().union(*(names for names in members if names))
 
     def _pack(self, states: list[Any]) -> Any:
         return tuple(states) if self.names is None else dict(zip(self.names, states, strict=True))
@@ -72,16 +84,20 @@ def chain(*rules: Rule, **named_rules: Rule) -> Definition:
 
     Raises:
       TypeError: a member is no rule.
-      ValueError: two members apply a learning rate, so that the sign would change twice.
+      ValueError: something stands behind the member that turns gradients into updates: a second such member, or a
+        hook or direction, which is made for gradients.
     """
     members = {str(i): as_rule(rule, "chain") for i, rule in enumerate(rules)}
     members |= {name: as_rule(rule, "chain") for name, rule in named_rules.items()}
-    terminals = [repr(rule) for rule in members.values() if definition_of(rule).terminal]
-    if len(terminals) > 1:
-        raise ValueError(
-            f"chain: {' and '.join(terminals)} each turn a gradient into an update (sign and learning rate); a chain "
-            "has one such member, its last"
-        )
+    ended_by = None
+    for rule in members.values():
+        terminal = definition_of(rule).terminal
+        if ended_by is not None and terminal is not None:
+            raise ValueError(
+                f"chain: {rule!r} stands behind {ended_by!r}, which has turned the gradient into an update (sign and "
+                "learning rate); hooks and directions stand in front of the one member that does so"
+            )
+        ended_by = rule if terminal else ended_by
     return _Chain(tuple(members) if named_rules else None, tuple(members.values()))
 
 

@@ -17,6 +17,9 @@ from jax.core import Tracer
 
 COMPLEMENT = "one_minus_"
 
+# Of a hyperparameter in a state: the names or positions that lead to its rule's part of it, and its name there.
+Address = tuple[tuple[str | int, ...], str]
+
 
 class Scheduled(NamedTuple):
     """Stands in a state for a hyperparameter that a schedule owns."""

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 def widened(dtype: DTypeLike) -> jnp.dtype:
     """The precision that arithmetic on `dtype` is done in: float32, or `dtype` itself where that is wider."""
-    dtype = jnp.dtype(dtype)
+    dtype = jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for NumPy's float64 among 32-bit types
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 

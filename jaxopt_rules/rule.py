@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxopt_rules import trees
-from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode
 from jaxopt_rules.numerics import real, widened
+from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector, check_selector, select
 from jaxopt_rules.trees import Structure
 
@@ -49,9 +50,15 @@ class Rule(NamedTuple):
     """update(grads, state, params=None, **extra) -> (updates, state)."""
 
     def apply(self, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        """One step, (grads, state, params) -> (params, state): the same numbers as `update` and `apply_updates`.
+        """One step, (grads, state, params) -> (params, state): the numbers of `update` and `apply_updates`.
 
-        A rule that may decide to do nothing costs nothing here when it does.
+        A rule that may decide to do nothing costs nothing here when it does. Where parameters and state are donated,
+        let the compiled function return them in the order in which it takes them (as
+        `lambda params, state, grads: rule.apply(grads, state, params)` does): XLA matches donated buffers to
+        results by their order, and copies those that it matched wrongly.
+
+        Raises:
+          ValueError: the rule gives gradients or directions, which point uphill.
         """
         fused = getattr(self.update, "apply", None)
         if fused is not None:
@@ -73,13 +80,18 @@ class Definition:
         return None
 
     @property
+    def schedules(self) -> dict[Address, Schedule]:
+        """The schedules that own hyperparameters, by where these stand in the state."""
+        return {}
+
+    @property
     def remembers(self) -> bool:
         """Whether what it returns depends on earlier updates, through a slot, a schedule or the clock."""
         return True
 
     @property
-    def accepts(self) -> frozenset[str]:
-        """The extra keyword arguments that it uses. It ignores `COMMON_EXTRA` and refuses all others."""
+    def accepts(self) -> frozenset[str] | None:
+        """The extra keyword arguments that it uses; it ignores `COMMON_EXTRA` and refuses all others. `None`: any."""
         return frozenset()
 
     def init(self, params: Any) -> Any:
@@ -178,6 +190,8 @@ class Update(_Function):
 
     def apply(self, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         self._check(extra)
+        if self.definition.terminal is False:
+            raise ValueError(not_an_update(str(self.written)))
         return self.definition.apply(grads, state, params, extra)
 
     def _check(self, extra: Mapping[str, Any]) -> None:
@@ -185,12 +199,21 @@ class Update(_Function):
             check_extra(str(self.written), self.definition.accepts, extra)
 
 
-def check_extra(owner: str, accepted: frozenset[str], extra: Mapping[str, Any]) -> None:
+def not_an_update(rule: str) -> str:
+    return (
+        f"{rule} gives a direction, not an update; end it with step: chain({rule}, step(learning_rate)). "
+        "(A rule of your own that gives updates says so: leafwise(..., terminal=True).)"
+    )
+
+
+def check_extra(owner: str, accepted: frozenset[str] | None, extra: Mapping[str, Any]) -> None:
     """Refuses extra arguments that nothing uses: they are misspelt.
 
     Raises:
       TypeError: names them and those that are accepted.
     """
+    if accepted is None:
+        return
     known = accepted | COMMON_EXTRA
     if unknown := sorted(extra.keys() - known):
         raise TypeError(
@@ -236,6 +259,11 @@ def definition_of(rule: Rule) -> Definition:
 class _Foreign(Definition):
     pair: Rule
 
+    @property
+    def accepts(self) -> frozenset[str] | None:
+        parameters = inspect.signature(self.pair.update).parameters.values()
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
+
     def init(self, params: Any) -> Any:
         return self.pair.init(params)
 
@@ -261,14 +289,11 @@ def as_rule(x: Any, owner: str) -> Rule:
 
 def extra_for(rule: Rule, extra: Mapping[str, Any]) -> Mapping[str, Any]:
     """Those of the extra arguments that a member of a chain or a wrapper can be handed."""
-    if isinstance(rule.update, Update):
-        known = rule.update.definition.accepts | COMMON_EXTRA
-        return {name: value for name, value in extra.items() if name in known}
-    return extra if _takes_any(rule.update) else {}
-
-
-def _takes_any(function: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    accepted = definition_of(rule).accepts
+    if accepted is None:
+        return extra
+    common = COMMON_EXTRA if isinstance(rule.update, Update) else frozenset()
+    return {name: value for name, value in extra.items() if name in accepted | common}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +347,10 @@ class _Lift(Definition):
     @property
     def name(self) -> str:
         return self.State.__name__.removesuffix("State")
+
+    @property
+    def schedules(self) -> dict[Address, Schedule]:
+        return {((), name): cast(Schedule, value) for name, value in self.hyper.items() if callable(value)}
 
     @property
     def remembers(self) -> bool:

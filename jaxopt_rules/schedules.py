@@ -7,7 +7,7 @@ of them compute in the widest float that is enabled. Where a schedule runs `step
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,8 +30,22 @@ def _check_steps(owner: object, steps: int, least: int = 1) -> None:
         raise ValueError(f"{type(owner).__name__}: steps must be an integer >= {least}, not {steps!r}")
 
 
-@dataclass(frozen=True)
-class Constant:
+class _Printed:
+    """Prints as it would be written: defaults are left out."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.default is MISSING:
+                shown.append(repr(value))
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Constant(_Printed):
     """value(count) = value."""
 
     value: float
@@ -40,8 +54,8 @@ class Constant:
         return jnp.full(jnp.shape(count), self.value, jnp.result_type(float))
 
 
-@dataclass(frozen=True)
-class Linear:
+@dataclass(frozen=True, repr=False)
+class Linear(_Printed):
     """value(count) = init + (end − init) · min(count / steps, 1)."""
 
     init: float
@@ -56,8 +70,8 @@ class Linear:
         return self.init * left + self.end * done
 
 
-@dataclass(frozen=True)
-class Cosine:
+@dataclass(frozen=True, repr=False)
+class Cosine(_Printed):
     """value(count) = end + (init − end) · ½(1 + cos(π · min(count / steps, 1))).
 
     Loshchilov & Hutter, "SGDR" (arXiv:1608.03983), equation 5, without restarts. Computed as sin² of the part
@@ -76,8 +90,8 @@ class Cosine:
         return self.init * jnp.sin(jnp.pi / 2 * left) ** 2 + self.end * jnp.sin(jnp.pi / 2 * done) ** 2
 
 
-@dataclass(frozen=True)
-class Warmup:
+@dataclass(frozen=True, repr=False)
+class Warmup(_Printed):
     """Linear from `init` to schedule(0) over `steps` updates, then schedule(count − steps).
 
     The peak is reached at count = `steps`; with `init` = 0 the first update (count 0) has rate 0. The steps of
@@ -90,6 +104,8 @@ class Warmup:
     init: float = 0.0
 
     def __post_init__(self) -> None:
+        if callable(self.steps):
+            raise TypeError(f"Warmup takes the schedule first: Warmup({self.steps!r}, {self.schedule!r})")
         _check_steps(self, self.steps, least=0)
 
     def __call__(self, count: ArrayLike) -> Array:
@@ -102,8 +118,8 @@ class Warmup:
         return jnp.where(count < self.steps, ramp, after(jnp.maximum(count - self.steps, 0)))
 
 
-@dataclass(frozen=True)
-class Join:
+@dataclass(frozen=True, repr=False)
+class Join(_Printed):
     """One schedule after another: `schedules[i]` runs from `boundaries[i-1]` on and counts from there.
 
     `Join((a, b), (100,))` is a(count) for count < 100 and b(count − 100) from 100 on.

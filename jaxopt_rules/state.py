@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxopt_rules import trees
-from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, complement, encode, public_name
-
-Address = tuple[tuple[str | int, ...], str]  # of a hyperparameter: where its family stands, its key there
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, complement, encode, public_name
 
 
 class Family(NamedTuple):

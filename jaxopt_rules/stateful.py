@@ -29,7 +29,7 @@ from jax.tree_util import DictKey, tree_flatten_with_path
 from jaxopt_rules import trees
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
-from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for
+from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for, not_an_update
 from jaxopt_rules.rules.adam import adam, adamw
 from jaxopt_rules.rules.sgd import momentum as momentum_rule
 from jaxopt_rules.rules.sgd import sgd
@@ -126,9 +126,10 @@ def _hooks(hook: Iterable[Hook]) -> tuple[Hook, ...]:
     return hooks
 
 
-def _write_grads(listed: Sequence[Parameter], grads: Sequence[Array]) -> None:
+def _write_grads(listed: Sequence[Parameter], grads: Sequence[Array | None]) -> None:
     for parameter, grad in zip(listed, grads, strict=True):
-        parameter.grad = jnp.asarray(grad, jnp.result_type(grad if parameter.grad is None else parameter.grad))
+        if grad is not None and parameter.grad is not None:
+            parameter.grad = grad.astype(parameter.grad.dtype)
 
 
 class _restored_on_error:
@@ -327,7 +328,10 @@ def _step(
     values, rule_state = program.rule.apply(gradients, rule_state, values, **extra_for(program.rule, extra))
     hooked = None
     if program.hooks:
-        hooked = [gradients[key].astype(g.dtype) for key, g in zip(program.present, grads, strict=True)]
+        hooked = [
+            g if gradients[key] is None else gradients[key].astype(g.dtype)
+            for key, g in zip(program.present, grads, strict=True)
+        ]
     new, treedef = jax.tree.flatten({"hook": tuple(hook_states), "rule": rule_state})
     if treedef != program.treedef:
         raise TypeError(f"{program.rule!r} returned a state of another structure than it was given")
@@ -368,10 +372,8 @@ class Optimizer:
     def __init__(self, rule: Rule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
         self._rule = as_rule(rule, type(self).__name__)
         if definition_of(self._rule).terminal is False:
-            raise ValueError(
-                f"{rule!r} gives a direction, not an update; end it with step: chain({rule!r}, step(learning_rate))"
-            )
-        self._hook = _hooks(hook)
+            raise ValueError(not_an_update(repr(rule)))
+        self._set_hooks(hook)
         self._donate = donate
         self._keys: dict[Parameter | str, str] = {}  # what has state (for a pytree: its path) -> its key in the state
         self._structure: Structure | None = None  # of the model, where it is a pytree
@@ -379,6 +381,11 @@ class Optimizer:
         self._pending: dict[str, Any] | None = None  # what hooks assign to fields while an update runs
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._set_state(self._init({}))
+
+    def _set_hooks(self, hook: Iterable[Hook]) -> None:
+        hooks = _hooks(hook)
+        whole = chain(*(h for h in hooks if isinstance(h, Rule)), self._rule)
+        self._hook, self._accepts = hooks, definition_of(whole).accepts
 
     # The state is kept as a list of leaves: the form in which a compiled call takes it fastest.
 
@@ -422,8 +429,9 @@ class Optimizer:
         if field in self._schedules:
             return self._schedules[field]
         entry = self._fields[field]
-        position = entry.value.value if isinstance(entry.value, Scheduled) else entry.value
-        stored = np.asarray(self._leaves[position])
+        if isinstance(entry.value, Scheduled):
+            return definition_of(self._rule).schedules[entry.address]
+        stored = np.asarray(self._leaves[entry.value])
         return _shortest(1 - stored if entry.key.startswith(COMPLEMENT) else stored)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -466,10 +474,10 @@ class Optimizer:
 
     @hook.setter
     def hook(self, hook: Iterable[Hook]) -> None:
-        self._hook = _hooks(hook)
-        values = {key: p.data for p, key in self._keys.items() if isinstance(p, Parameter)}
         if self._structure is not None:
             raise ValueError("hooks can be assigned before the first update of a pytree model, not after it")
+        self._set_hooks(hook)
+        values = {key: p.data for p, key in self._keys.items() if isinstance(p, Parameter)}
         self._set_state(self._init(values) | {"rule": self._state["rule"]})
 
     @property
@@ -525,8 +533,7 @@ class Optimizer:
 
     def _update_parameters(self, model: Model, extra: Mapping[str, Any]) -> Model:
         named = _parameters(model)
-        if self._structure is not None:
-            raise ValueError("this optimizer has updated a pytree; its state cannot be that of Parameters, too")
+        self._check_kind(Parameter)
         listed = [parameter for parameter in named if parameter.grad is not None]
         first = 1 + max((i for i, hook in enumerate(self._hook) if not isinstance(hook, Rule)), default=-1)
         if first:
@@ -536,6 +543,11 @@ class Optimizer:
         else:
             self._run(first, listed, named, extra)
         return model
+
+    def _check_kind(self, kind: type) -> None:
+        if any(not isinstance(x, kind) for x in itertools.islice(self._keys, 1)):
+            had, has = ("a pytree", "Parameters") if kind is Parameter else ("Parameters", "a pytree")
+            raise ValueError(f"this optimizer has the state of {had}; it cannot have that of {has}, too")
 
     def _run_hooks(
         self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
@@ -586,8 +598,7 @@ class Optimizer:
         if not all(isinstance(hook, Rule) for hook in self._hook):
             raise TypeError("hooks that are Python functions see Parameters; on a pytree, every hook must be a rule")
         leaves, structure = trees.flatten(model)
-        if self._structure is None and self._keys:
-            raise ValueError("this optimizer has updated Parameters; its state cannot be that of a pytree, too")
+        self._check_kind(str)
         if self._structure is not None and structure != self._structure:
             trees.align(self._structure, model, "the model", "the one that this optimizer updated before")
             raise ValueError("the model differs in its static fields from the one that this optimizer updated before")
@@ -619,12 +630,11 @@ class Optimizer:
             )
         if self._donate and len({*map(id, datas), *map(id, grads)}) < len(datas) + len(grads):
             self._raise_shared(keys, datas, grads)
+        if extra:
+            check_extra(repr(self), self._accepts, extra)
         functions = tuple((name, value) for name, value in extra.items() if callable(value))
         arrays = {name: value for name, value in extra.items() if not callable(value)}
         program = self._programs.get((first, keys, functions))
-        if extra:
-            accepting = chain(*(hook for hook in self._hook if isinstance(hook, Rule)), self._rule)
-            check_extra(repr(self), definition_of(accepting).accepts, extra)
         if program is None:
             program = _Program(
                 rule=self._rule,
@@ -677,6 +687,7 @@ class Optimizer:
           ValueError: names are missing or unexpected, or a shape differs; then nothing has changed.
         """
         named = self._named(model)
+        self._check_kind(Parameter if isinstance(model, Model) else str)
         arrays = named if isinstance(model, Model) else dict(zip(named, trees.flatten(model)[0], strict=True))
         values = {name: x.data if isinstance(x, Parameter) else x for name, x in arrays.items()}
         complete = self._init(values)
@@ -758,7 +769,7 @@ def _loaded(state: Any, saved: Mapping[str, Any]) -> Any:
 class SGD(Optimizer):
     """p ← p − α g, with α = `learning_rate`."""
 
-    learning_rate: float | Schedule
+    learning_rate: Any
 
     def __init__(self, learning_rate: float | Schedule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
         super().__init__(sgd(learning_rate), hook, donate)
@@ -767,8 +778,8 @@ class SGD(Optimizer):
 class Momentum(Optimizer):
     """v ← μ v − α g,  p ← p + v, with α = `learning_rate` and μ = `momentum`. See `jaxopt_rules.momentum`."""
 
-    learning_rate: float | Schedule
-    momentum: float | Schedule
+    learning_rate: Any
+    momentum: Any
 
     def __init__(
         self,
@@ -790,9 +801,9 @@ class Adam(Optimizer):
     """
 
     _aliases: ClassVar[Mapping[str, str]] = {"alpha": "learning_rate", "beta1": "b1", "beta2": "b2"}
-    alpha: float | Schedule
-    beta1: float | Schedule
-    beta2: float | Schedule
+    alpha: Any
+    beta1: Any
+    beta2: Any
 
     def __init__(
         self,
@@ -815,10 +826,10 @@ class AdamW(Optimizer):
     """
 
     _aliases: ClassVar[Mapping[str, str]] = Adam._aliases
-    alpha: float | Schedule
-    beta1: float | Schedule
-    beta2: float | Schedule
-    weight_decay: float | Schedule
+    alpha: Any
+    beta1: Any
+    beta2: Any
+    weight_decay: Any
 
     def __init__(
         self,

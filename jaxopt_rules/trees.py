@@ -1,7 +1,7 @@
 """How the library reads pytrees: which leaves take part, what they are called, and how two trees are matched."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def _path(keys: Any) -> str:
     return keystr(keys, simple=True, separator="/")
 
 
-def is_inexact(x: object) -> bool:
+def is_inexact(x: object) -> TypeGuard[jax.Array]:
     """Whether `x` is an array (or the shape of one) of real or complex floating-point numbers."""
     if isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return jnp.issubdtype(x.dtype, jnp.inexact)
@@ -79,8 +79,8 @@ def check_gradient(path: Callable[[], str], g: Any, p: Any) -> None:
       TypeError: one of the two is a Python number where an array is needed.
       ValueError: the shapes differ.
     """
-    for what, x, other in (("gradient", g, p), ("parameter", p, g)):
-        if isinstance(x, float | complex) and not isinstance(x, np.generic) and other is not None:
+    for what, x in (("gradient", g), ("parameter", None if g is None else p)):
+        if isinstance(x, float | complex) and not isinstance(x, np.generic):
             raise TypeError(f"the {what} at {quoted(path())} is a Python number; make it an array: jnp.array({x!r})")
     if is_inexact(g) and is_inexact(p) and g.shape != p.shape:
         raise ValueError(f"the gradient at {quoted(path())} has shape {g.shape}, its parameter has shape {p.shape}")

@@ -87,9 +87,10 @@ def test_a_parameter_under_two_names_is_stepped_once():
     np.testing.assert_allclose(shared.data, 0.9)
 
 
-def test_integer_parameters_pass_through():
+@pytest.mark.parametrize("hook", [[], [jr.clip_grad(1.0)], [jr.clip_grad(1.0), lambda listed: None]])
+def test_integer_parameters_pass_through(hook):
     one = Bag({"n": jr.Parameter(jnp.arange(3), jnp.arange(3)), "w": jr.Parameter([1.0], [1.0])})
-    jr.Adam(0.1).update(one)
+    jr.Adam(0.1, hook=hook).update(one)
     np.testing.assert_array_equal(one.params()["n"].data, [0, 1, 2])
     assert one.params()["w"].data[0] < 1
 
@@ -152,6 +153,17 @@ def test_schedules_and_numbers_take_turns(make):
     step()
     # The schedule sees the finished updates of this optimizer, one at first.
     np.testing.assert_allclose(moved, [0.5, 0.3, 0.2, 1.0, 0.125], rtol=1e-5)
+
+
+def test_adamw_takes_the_schedule_of_an_adam_over():
+    schedule = jr.Linear(0.4, 4)
+    source = jr.Adam(alpha=schedule)
+    assert source.alpha is schedule
+    opt, one = jr.AdamW(source, weight_decay=0.0), Bag({"w": jr.Parameter([0.0], [1.0])})
+    assert opt.alpha is schedule
+    for expected in (0.4, 0.3):
+        opt.update(one)
+        np.testing.assert_allclose(opt.hyperparams["learning_rate"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +256,25 @@ def test_other_hooks_can_be_assigned():
     one.params()["w"].grad = jnp.array([3.0])
     opt.update(one)
     np.testing.assert_allclose(one.params()["w"].data, -4, rtol=1e-5)
+
+
+def test_a_hook_may_drop_a_gradient_and_replace_a_parameter_of_the_list():
+    one, other = model(a=(2,), b=(2,)), jr.Parameter([1.0], [1.0])
+    fill(one)
+    before = values(one)
+
+    def change(listed):
+        listed[0].grad = None
+        listed[1] = other
+
+    jr.SGD(0.5, hook=[change, jr.clip_grad(10.0)]).update(one)
+    chex.assert_trees_all_equal(values(one), before)
+    np.testing.assert_allclose(other.data, 0.5)
+
+
+def test_a_hook_cannot_be_an_optimizer():
+    with pytest.raises(ValueError, match=r"adam\(.* stands behind sgd\(0.1\), which has turned"):
+        jr.Adam(hook=[jr.sgd(0.1)])
 
 
 def test_a_hook_that_raises_changes_nothing():
@@ -492,7 +523,7 @@ def test_a_pytree_of_another_structure():
         opt.update({"b": jnp.ones(2)}, {"b": jnp.ones(2)})
     with pytest.raises(ValueError, match="the model must be a tree like the gradients"):
         opt.update({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
-    with pytest.raises(ValueError, match="has updated a pytree; its state cannot be that of Parameters"):
+    with pytest.raises(ValueError, match="has the state of a pytree; it cannot have that of Parameters"):
         opt.update(model(a=(2,)))
     with pytest.raises(TypeError, match="hooks that are Python functions see Parameters"):
         jr.Optimizer(jr.sgd(0.1), hook=[print]).update({"a": jnp.ones(2)}, {"a": jnp.ones(2)})

@@ -1,4 +1,4 @@
-"""Adam's direction keeps its digits: against NumPy float64 at each of 200 steps, over twelve decades of gradients."""
+"""Adam's direction keeps its digits: against NumPy float64 at each of 200 steps, over many decades of gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ SEQUENCES = {
     "same_sign": SIZES * np.abs(RNG.normal(size=(STEPS, 1000))),
     "random_sign": SIZES * RNG.normal(size=(STEPS, 1000)),
     "any_size": 10 ** RNG.uniform(-8, 4, size=(STEPS, 1000)) * RNG.choice([-1, 1], size=(STEPS, 1000)),
+    "scales": 10 ** RNG.uniform(-12, 3, size=1000) * RNG.normal(size=(STEPS, 1000)),
     "mostly_zero": SIZES * RNG.normal(size=(STEPS, 1000)) * (RNG.uniform(size=(STEPS, 1000)) < 0.1),
 }
 

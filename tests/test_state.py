@@ -159,6 +159,14 @@ def test_clipping_leaves_absent_gradients_out_of_the_norm_and_propagates_what_is
     assert jnp.isnan(out["b"]).all()
 
 
+def test_clipping_adds_its_epsilon_to_the_norm():
+    """Where it is seen in float32: a norm of 1e-5, and one of exactly max_norm."""
+    for size, max_norm in ((1e-5, 1e-6), (1e-3, 1e-3)):
+        rule, g = jr.clip_grad(max_norm), jnp.array([size])
+        out, _ = rule.update(g, rule.init(g))
+        np.testing.assert_allclose(out, size * max_norm / (size + 1e-6), rtol=1e-6)
+
+
 def test_leaf_names_do_not_move_when_a_hook_is_put_in_front():
     plain = jr.adamw()
     clipped = jr.chain(jr.clip_grad(1.0), plain)

@@ -5,6 +5,7 @@ All start from the same weights and see the same batches. Settings and hooks are
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -48,7 +50,7 @@ class Result:
     state_bytes: int
 
 
-def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path) -> list[Result]:
+def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path) -> None:
     """Trains with each of the optimizers `names`, prints the table, and writes `out`/loss.png.
 
     Raises:
@@ -70,7 +72,6 @@ def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path
     except OSError as error:
         raise UserError(f"cannot write {out / 'loss.png'}: {error.strerror}; choose another --out") from error
     console.print(f"loss curves: {out / 'loss.png'}", markup=False, highlight=False, soft_wrap=True)
-    return results
 
 
 def compare(dataset: Dataset, names: Sequence[str], steps: int, seed: int) -> list[Result]:
@@ -79,9 +80,11 @@ def compare(dataset: Dataset, names: Sequence[str], steps: int, seed: int) -> li
     initial = {name: parameter.data for name, parameter in model.params().items()}
     runs = [(name, hooks) for name in names for hooks in ((), HOOKS)]
     console = Console(stderr=True)
+    # Older versions of rich end even a disabled bar with an empty line.
+    console.quiet = not console.is_terminal
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     results = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, disable=console.quiet, transient=True) as progress:
         task = progress.add_task("", total=len(runs) * steps)
         for name, hooks in runs:
             progress.update(task, description=name)
@@ -159,7 +162,7 @@ def table(dataset: Dataset, results: Sequence[Result], steps: int, seed: int) ->
     """The results, a row each."""
     rows = f"{len(dataset.x_train)} training and {len(dataset.x_test)} test rows"
     shown = Table(
-        title=f"{dataset.name}: {rows}, {steps} steps, seed {seed}",
+        title=f"{escape(dataset.name)}: {rows}, {steps} steps, seed {seed}",
         caption=f"hooks: {', '.join(map(repr, HOOKS))}",
     )
     shown.add_column("optimizer")
@@ -188,29 +191,36 @@ def plot(dataset: Dataset, results: Sequence[Result], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(result.optimizer for result in results))}
+    width = max(1, len(results[0].losses) // 25)
     for ax, hooks in zip(axes, (False, True), strict=True):
         for result in results:
             if result.hooks == hooks:
-                ax.plot(smoothed(result.losses), color=colors[result.optimizer], label=result.optimizer)
+                # At the documented decay AdamW lies on Adam: dashes show both.
+                style = (0, (3, 3)) if result.optimizer == "AdamW" else "-"
+                color = colors[result.optimizer]
+                ax.plot(running_mean(result.losses, width), ls=style, color=color, label=result.optimizer)
         ax.set_title("with " + ", ".join(map(repr, HOOKS)) if hooks else "without hooks", fontsize=10)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
+        ax.margins(x=0.01)
     axes[0].set_yscale("log")
-    axes[0].set_ylabel("training loss")
+    axes[0].set_ylabel(f"training loss, mean of {width} steps")
     axes[1].legend()
-    figure.suptitle(dataset.name)
+    figure.suptitle(dataset.name, parse_math=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png", dpi=150)
+        with warnings.catch_warnings():
+            # The name may have letters that the font lacks. They come out as boxes.
+            warnings.filterwarnings("ignore", "Glyph")
+            figure.savefig(temporary, format="png", dpi=150)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def smoothed(losses: np.ndarray) -> np.ndarray:
-    """The mean over each value and those before it, a fiftieth of all."""
-    width = max(1, len(losses) // 50)
-    sums = np.concatenate([[0], np.cumsum(losses)])
-    end = np.arange(1, len(losses) + 1)
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of each value and those before it, `width` in all; at the beginning, of as many as there are."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
     start = np.maximum(end - width, 0)
     return (sums[end] - sums[start]) / (end - start)

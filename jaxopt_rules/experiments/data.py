@@ -35,10 +35,9 @@ def digits(seed: int) -> Dataset:
     """1797 images of 8 x 8 pixels, each of one of ten digits, from scikit-learn."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    train, test = _split(len(bunch.data), seed)
-    x = _standardized(bunch.data, train)
-    t = bunch.target.astype(np.int32)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    train, test = _split(len(pixels), seed)
+    x, t = _standardized(pixels, train), labels.astype(np.int32)
     return Dataset("digits", x[train], t[train], x[test], t[test], classes=10)
 
 
@@ -49,8 +48,8 @@ def read_csv(path: str, target: str, seed: int) -> Dataset:
     ones. Any other numeric target is a quantity, which is standardized: that is regression.
 
     Numeric columns are standardized, those of one value become 0. Text columns become one column of 0 and 1 for each
-    text; those of more than 100 different texts (names, identifiers, dates) are left out, as are empty columns. Rows
-    in which anything is then missing are dropped; a number that float32 cannot hold counts as missing.
+    text. Left out are empty columns, and columns of identifiers: a text of its own in every row, or more than 100
+    texts. Rows in which anything is then missing are dropped; a number that float32 cannot hold counts as missing.
 
     Raises:
       UserError: the file cannot be read or has no such column; there are fewer than 10 whole rows, or no other column;
@@ -61,23 +60,8 @@ def read_csv(path: str, target: str, seed: int) -> Dataset:
     frame = _read(path)
     if target not in frame:
         raise UserError(f"{path} has no column {target!r}; choose --target from {_listed(frame.columns)}")
-    numeric = [name for name in frame if pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool]
-    for name in numeric:
-        values = frame[name].astype(float)
-        frame[name] = values.where(values.abs() <= np.finfo(np.float32).max)
-
-    left_out = {
-        "empty": [name for name in frame if name != target and frame[name].isna().all()],
-        f"of more than {MAX_CATEGORIES} different texts": [
-            name for name in frame if name != target and name not in numeric and frame[name].nunique() > MAX_CATEGORIES
-        ],
-    }
-    notes = [f"left out, {why}: {_listed(names)}" for why, names in left_out.items() if names]
-    frame = frame.drop(columns=[name for names in left_out.values() for name in names])
-    features = [name for name in frame if name != target]
-    if not features:
-        raise UserError(f"{path} has no column besides {target!r} to learn from")
-
+    frame, numeric = _finite(frame)
+    frame, notes = _useful(frame, numeric, target)
     whole = frame.dropna()
     if dropped := len(frame) - len(whole):
         notes.append(f"dropped {dropped} of {len(frame)} rows, in which something is missing")
@@ -85,12 +69,15 @@ def read_csv(path: str, target: str, seed: int) -> Dataset:
         worst = frame.isna().sum().idxmax()
         hint = f"; most often {worst!r} is missing: fill or remove that column" if dropped else ""
         raise UserError(f"{path} has {len(whole)} whole rows, and at least {MIN_ROWS} are needed{hint}")
+    t = whole.pop(target)
+    if whole.empty:
+        raise UserError("; ".join([f"{path} has no column besides {target!r} to learn from", *notes]))
 
     train, test = _split(len(whole), seed)
-    numbers = _standardized(whole[[name for name in features if name in numeric]].to_numpy(float), train)
-    texts = whole[[name for name in features if name not in numeric]].astype(str)
-    x = np.hstack([numbers, *(pd.get_dummies(texts[name], dtype=np.float32).to_numpy() for name in texts)])
-    t, classes = _target(whole[target], target in numeric, train)
+    numbers = _standardized(whole[[name for name in whole if name in numeric]].to_numpy(float), train)
+    texts = [pd.get_dummies(whole[name].astype(str), dtype=np.float32) for name in whole if name not in numeric]
+    x = np.hstack([numbers, *texts])
+    t, classes = _target(t, target in numeric, train)
     return Dataset(Path(path).name, x[train], t[train], x[test], t[test], classes, tuple(notes))
 
 
@@ -110,6 +97,33 @@ def _read(path: str) -> "pd.DataFrame":
     return frame
 
 
+def _finite(frame: "pd.DataFrame") -> tuple["pd.DataFrame", set[str]]:
+    """The frame without numbers that float32 cannot hold, and the names of its numeric columns."""
+    import pandas as pd
+
+    numeric = {name for name in frame if pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool}
+    frame = frame.copy()
+    for name in numeric:
+        x = frame[name].astype(float)
+        frame[name] = x.where(x.abs() <= np.finfo(np.float32).max)
+    return frame, numeric
+
+
+def _useful(frame: "pd.DataFrame", numeric: set[str], target: str) -> tuple["pd.DataFrame", list[str]]:
+    """The frame without columns that nothing can be learnt from, and a sentence for each kind of them."""
+    present, different = frame.count(), frame.nunique()
+    empty = [name for name in frame if name != target and present[name] == 0]
+    identifiers = [
+        name
+        for name in frame
+        if name not in (target, *numeric, *empty)
+        and (different[name] > MAX_CATEGORIES or different[name] == present[name])
+    ]
+    kinds = {"empty": empty, "text that differs from row to row": identifiers}
+    notes = [f"left out, {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    return frame.drop(columns=empty + identifiers), notes
+
+
 def _target(column: "pd.Series", numeric: bool, train: np.ndarray) -> tuple[np.ndarray, int | None]:
     """The target as an array, and the number of its classes."""
     values = column.to_numpy(float) if numeric else column.astype(str).to_numpy(object)
@@ -125,11 +139,11 @@ def _target(column: "pd.Series", numeric: bool, train: np.ndarray) -> tuple[np.n
             f"the target {column.name!r} has {len(different)} different texts, over {MAX_CATEGORIES}, too many for "
             "classes; choose another --target"
         )
-    for number in np.flatnonzero(np.bincount(numbers[train], minlength=len(different)) == 0):
-        name = f"{different[number]:g}" if numeric else different[number]
+    untrained = np.flatnonzero(np.bincount(numbers[train], minlength=len(different)) == 0)
+    if len(untrained):
         raise UserError(
-            f"the class {name!r} of {column.name!r} occurs in no training row ({np.sum(numbers == number)} rows in "
-            "all); remove it, add rows of it, or try another --seed"
+            f"the class {different[untrained[0]]} of {column.name!r} occurs in no training row; remove it, add rows "
+            "of it, or try another --seed"
         )
     return numbers.astype(np.int32), len(different)
 
