@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from jaxopt_rules.rule import Definition, Rule, constructor, leafwise
+from jaxopt_rules.lift import leafwise
+from jaxopt_rules.rule import Definition, Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 

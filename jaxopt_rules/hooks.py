@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxopt_rules import numerics
-from jaxopt_rules.rule import Rule, constructor, leafwise, treewise
+from jaxopt_rules.lift import leafwise, treewise
+from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 

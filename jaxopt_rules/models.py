@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxopt_rules.stateful import Parameter, cleargrads
+from jaxopt_rules.parameters import Parameter, cleargrads
 
 
 def sigmoid(x: ArrayLike) -> Array:

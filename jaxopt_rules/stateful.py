@@ -12,10 +12,9 @@ compiled function per update.
 
 import functools
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.extend
@@ -23,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.interpreters import partial_eval
 from jax.tree_util import DictKey, tree_flatten_with_path
 
 from jaxopt_rules import trees
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
+from jaxopt_rules.parameters import Model, Parameter, named_parameters
 from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for, not_an_update
 from jaxopt_rules.rules.adam import adam, adamw
 from jaxopt_rules.rules.sgd import momentum as momentum_rule
@@ -37,60 +36,7 @@ from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.state import hyperparameter_entries, hyperparams, leaf_names, metrics, replace_hyperparameters
 from jaxopt_rules.trees import Structure
 
-Hook = Rule | Callable[[list["Parameter"]], Any]
-
-
-class Parameter:
-    """An array and its gradient. `grad` is `None` where there is none, which is not the same as zero.
-
-    Optimizers remember a parameter as the object, not by its name or value.
-    """
-
-    __slots__ = ("__weakref__", "data", "grad")
-
-    data: Array
-    grad: Array | None
-
-    def __init__(self, data: Any, grad: Any = None) -> None:
-        self.data = _array(data)
-        self.grad = None if grad is None else _array(grad)
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.data!r}, grad={self.grad!r})"
-
-
-def _array(x: Any) -> Array:
-    x = jnp.asarray(x)
-    # A weak type would cost a second trace as soon as an update has made it strong.
-    return jnp.array(x, x.dtype) if x.weak_type else x
-
-
-@runtime_checkable
-class Model(Protocol):
-    """Anything whose `params()` gives its parameters by name."""
-
-    def params(self) -> Mapping[str, Parameter]: ...
-
-
-def _parameters(model: Model) -> dict[Parameter, str]:
-    """The parameters of a model and their names; one that is listed under several names comes once."""
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"{type(model).__name__} has no params() that gives its parameters by name; for a model that is a pytree, "
-            "pass the gradients too: update(model, grads)"
-        )
-    named: dict[Parameter, str] = {}
-    for name, parameter in model.params().items():
-        if not isinstance(parameter, Parameter):
-            raise TypeError(f"params() must give Parameters, but {name!r} is a {type(parameter).__name__}")
-        named.setdefault(parameter, name)
-    return named
-
-
-def cleargrads(model: Model) -> None:
-    """Sets every gradient to `None`, not to zero."""
-    for parameter in _parameters(model):
-        parameter.grad = None
+Hook = Rule | Callable[[list[Parameter]], Any]
 
 
 def params(model: Model, hook: Iterable[Hook] = ()) -> list[Parameter]:
@@ -105,7 +51,7 @@ def params(model: Model, hook: Iterable[Hook] = ()) -> list[Parameter]:
     for rule in hooks:
         if isinstance(rule, Rule) and definition_of(rule).remembers:
             raise TypeError(f"{rule!r} needs a state; give it to an Optimizer: Optimizer(rule, hook=[...])")
-    named = _parameters(model)
+    named = named_parameters(model)
     listed = [parameter for parameter in named if parameter.grad is not None]
     with _restored_on_error(named):
         for run in hooks:
@@ -144,130 +90,6 @@ class _restored_on_error:
         if kind is not None:
             for parameter, data, grad in self.saved:
                 parameter.data, parameter.grad = data, grad
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def backward(loss_fn: Callable[..., Any], model: Model, *args: Any, has_aux: bool = False) -> Any:
-    """Computes the loss and adds its gradient to the `.grad` of every parameter that it depends on.
-
-    `loss_fn(model, *args)` returns a scalar, or (scalar, aux) with `has_aux`. It receives this model itself, whose
-    `Parameter.data` hold traced arrays while it runs; afterwards the model is as it was. It is compiled, once for each
-    set of shapes: what it reads beside parameters and arguments is fixed then, and what it writes to the model
-    is undone. Pass the same function every time, and what changes as an argument.
-
-    A gradient is added to the one that is there. A parameter that the loss does not depend on keeps its `.grad`,
-    `None` if there was none. That is not a zero gradient: such a parameter is not updated at all.
-
-    Args:
-      *args: pytrees of arrays; `None` is allowed.
-
-    Returns:
-      The loss, or (loss, aux).
-
-    Raises:
-      TypeError: the loss is not a real scalar.
-    """
-    named = _parameters(model)
-    compiled = _compiled_backward(loss_fn, model, tuple(named), has_aux)
-    loss, aux, grads = compiled([p.data for p in named], args)
-    fresh, old, more = [], [], []
-    for parameter, grad in zip(named, grads, strict=True):
-        if grad is not None and parameter.grad is None:
-            parameter.grad = grad
-        elif grad is not None:
-            fresh.append(parameter)
-            old.append(parameter.grad)
-            more.append(grad)
-    for parameter, grad in zip(fresh, _sums(old, more), strict=True):
-        parameter.grad = grad
-    return (loss, aux) if has_aux else loss
-
-
-@jax.jit
-def _sums(old: list[Array], more: list[Array]) -> list[Array]:
-    return [x + y for x, y in zip(old, more, strict=True)]
-
-
-# By model, then by what else was compiled for. Nothing here keeps a model alive: its entry goes with it.
-_backwards: dict[int, dict[Any, Callable[..., Any]]] = {}
-
-
-def _compiled_backward(
-    loss_fn: Callable[..., Any], model: Model, parameters: tuple[Parameter, ...], has_aux: bool
-) -> Callable[..., Any]:
-    if id(model) not in _backwards:
-        weakref.finalize(model, _backwards.pop, id(model))
-        _backwards[id(model)] = {}
-    cache, key = _backwards[id(model)], (loss_fn, parameters, has_aux)
-    if key not in cache:
-        cache[key] = _make_backward(loss_fn, weakref.ref(model), parameters, has_aux)
-    return cache[key]
-
-
-def _make_backward(
-    loss_fn: Callable[..., Any], model_of: Callable[[], Any], parameters: tuple[Parameter, ...], has_aux: bool
-) -> Callable[..., Any]:
-    def loss_of(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any]:
-        model = model_of()
-        attributes = dict(vars(model)) if hasattr(model, "__dict__") else {}
-        before = [(p.data, p.grad) for p in parameters]
-        try:
-            for parameter, data in zip(parameters, datas, strict=True):
-                parameter.data = data
-            result = loss_fn(model, *args)
-        finally:
-            for parameter, (data, grad) in zip(parameters, before, strict=True):
-                parameter.data, parameter.grad = data, grad
-            if attributes:
-                vars(model).clear()
-                vars(model).update(attributes)
-        loss, aux = result if has_aux else (result, None)
-        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise TypeError(
-                f"the loss must be a real scalar, not {jnp.result_type(loss)} of shape {jnp.shape(loss)}; reduce it, "
-                "for example with jnp.mean"
-            )
-        return jnp.asarray(loss), aux
-
-    @jax.jit
-    def run(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any, list[Array | None]]:
-        # One trace of loss_fn serves the value, the gradient, and the question which parameters it depends on.
-        program, shapes = jax.make_jaxpr(loss_of, return_shape=True)(datas, args)
-        evaluate = jax.extend.core.jaxpr_as_fun(program)
-        treedef = jax.tree.structure(shapes)
-
-        def value(chosen: dict[int, Array]) -> tuple[Array, Any]:
-            everything = [chosen.get(k, data) for k, data in enumerate(datas)]
-            return jax.tree.unflatten(treedef, evaluate(*everything, *jax.tree.leaves(args)))
-
-        inexact = {k: data for k, data in enumerate(datas) if trees.is_inexact(data)}
-        used = _depends_on(lambda chosen: value(chosen)[0], inexact)
-        (loss, aux), grads = jax.value_and_grad(value, has_aux=True)(used)
-        return loss, aux, [grads.get(k) for k in range(len(datas))]
-
-    return run
-
-
-def _depends_on(function: Callable[[dict[int, Array]], Array], xs: dict[int, Array]) -> dict[int, Array]:
-    """Those of `xs` that the derivative of a scalar function depends on, as its program shows."""
-
-    def tangent(dxs: dict[int, Array]) -> Array:
-        return jax.jvp(function, (xs,), (dxs,))[1]
-
-    if not xs:
-        return {}
-    jaxpr = jax.make_jaxpr(tangent)(jax.tree.map(jnp.zeros_like, xs)).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True])
-    return {k: xs[k] for k, hit in zip(sorted(xs), used, strict=True) if hit}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -532,7 +354,7 @@ class Optimizer:
         return new
 
     def _update_parameters(self, model: Model, extra: Mapping[str, Any]) -> Model:
-        named = _parameters(model)
+        named = named_parameters(model)
         self._check_kind(Parameter)
         listed = [parameter for parameter in named if parameter.grad is not None]
         first = 1 + max((i for i, hook in enumerate(self._hook) if not isinstance(hook, Rule)), default=-1)
@@ -666,7 +488,7 @@ class Optimizer:
     def _named(self, model: Any) -> dict[str, Parameter | str]:
         """What can have state in this model, by its name there."""
         if isinstance(model, Model):
-            return {name: parameter for parameter, name in _parameters(model).items()}
+            return {name: parameter for parameter, name in named_parameters(model).items()}
         return {path: path for path in trees.paths(model)}
 
     def state_dict(self, model: Any) -> dict[str, np.ndarray]:
@@ -723,10 +545,15 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _carried_over(old: Any, new: Any) -> Any:
-    """`new` with the leaves of `old` in all places that both have."""
+    """`new` with the leaves of `old` in all places that both have, where `new` has them: scalars go with the mesh."""
     before = dict(tree_flatten_with_path(old)[0])
     leaves, treedef = tree_flatten_with_path(new)
-    return jax.tree.unflatten(treedef, [before.get(path, leaf) for path, leaf in leaves])
+    carried = []
+    for path, leaf in leaves:
+        home = trees.replicated([leaf])
+        x = before.get(path, leaf)
+        carried.append(x if home is None or leaf.ndim else jax.device_put(x, home))
+    return jax.tree.unflatten(treedef, carried)
 
 
 def _rekeyed(state: Any, keys: frozenset[str], names: Mapping[str, str]) -> Any:

@@ -18,8 +18,9 @@ PACKAGE = Path(jr.__file__).parent
 ORDER = [
     ["numerics", "schedules", "hyperparameters"],
     ["trees"],
-    ["select"],
+    ["select", "parameters"],
     ["rule"],
+    ["lift"],
     ["apply", "hooks", "compose"],
     ["rules"],
     ["state"],

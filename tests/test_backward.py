@@ -344,3 +344,71 @@ def test_a_model_is_not_kept_alive():
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_a_model_is_not_kept_alive_by_a_closure_or_a_method():
+    class Own(Pair):
+        def loss(self, model, x):
+            return product(model, x)
+
+    def references():
+        closed, owner = Own(), Own()
+        jr.backward(lambda model, x: product(closed, x), closed, jnp.ones(3))
+        jr.backward(owner.loss, owner, jnp.ones(3))
+        return weakref.ref(closed), weakref.ref(owner)
+
+    gone = references()
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_method_is_traced_once():
+    class Counting(Pair):
+        traces = 0
+
+        def loss(self, model, x):
+            type(self).traces += 1
+            return product(model, x)
+
+    model = Counting()
+    for _ in range(3):
+        jr.backward(model.loss, model, jnp.ones(3))
+    assert Counting.traces == 1
+
+
+def test_inside_jit_it_says_what_to_use():
+    model = Pair()
+
+    @jax.jit
+    def step(x):
+        return jr.backward(product, model, x)
+
+    with pytest.raises(TypeError, match=r"inside a compiled function, use jax\.grad"):
+        step(jnp.ones(3))
+    assert model.a.grad is None
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "has_aux", "message"),
+    [
+        (lambda model: None, False, "must be a real scalar, not a NoneType"),
+        (lambda model: (product(model), 1), False, "not a tuple; with an auxiliary result, pass has_aux=True"),
+        (product, True, r"with has_aux=True, the loss function returns \(loss, aux\), not a"),
+    ],
+)
+def test_results_of_another_form_are_refused(loss_fn, has_aux, message):
+    with pytest.raises(TypeError, match=message):
+        jr.backward(loss_fn, Pair(), has_aux=has_aux)
+
+
+def test_a_model_that_cannot_be_referred_to_weakly():
+    class Slots:
+        __slots__ = ("p",)
+
+        def params(self):
+            return {"p": self.p}
+
+    model = Slots()
+    model.p = jr.Parameter(1.0)
+    with pytest.raises(TypeError, match="add '__weakref__' to its __slots__"):
+        jr.backward(lambda model: model.p.data, model)

@@ -1,7 +1,5 @@
 """The mutating layer beyond the golden numbers: fields, hooks, state, pytrees, donation, errors."""
 
-import gc
-import weakref
 from typing import NamedTuple
 
 import chex
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import Bag
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxopt_rules as jr
 from jaxopt_rules import stateful
@@ -452,6 +451,21 @@ def test_what_does_not_fit_is_refused(change, message):
     chex.assert_trees_all_equal(opt.state_dict(one), before)
 
 
+def test_parameters_on_a_mesh_take_the_scalars_along():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    over_x = NamedSharding(mesh, PartitionSpec("x"))
+    one = Bag({"w": jr.Parameter(jax.device_put(jnp.ones((4, 2)), over_x))})
+    opt = jr.Adam(0.1, hook=[jr.clip_grad(1.0)])
+    one.params()["w"].grad = one.params()["w"].data
+    opt.update(one)
+    size = stateful._STEP[False]._cache_size()
+    opt.alpha = 0.2
+    opt.update(one)
+    assert stateful._STEP[False]._cache_size() == size
+    assert all(leaf.sharding.mesh == mesh for leaf in opt._leaves)
+    assert one.params()["w"].data.sharding.is_equivalent_to(over_x, 2)
+
+
 # Donation
 
 
@@ -538,12 +552,3 @@ def test_gradient_patterns_of_a_pytree_come_and_go():
     # a: steps at 1, 2, 4; b: at 2, 3, 4. Each: −0.1, −0.19, −0.271.
     np.testing.assert_allclose([tree["a"][0], tree["b"][0]], [-0.561, -0.561], rtol=1e-6)
     assert traced.count == 3
-
-
-def test_backward_lets_its_model_go():
-    one = model(w=(2,))
-    jr.backward(lambda m: jnp.sum(m.parameters["w"].data), one)
-    gone = weakref.ref(one)
-    del one
-    gc.collect()
-    assert gone() is None

@@ -23,7 +23,8 @@ from rich.table import Table
 from jaxopt_rules.experiments.data import Dataset, UserError
 from jaxopt_rules.hooks import clip_grad, weight_decay
 from jaxopt_rules.models import MLP, mean_squared_error, softmax_cross_entropy
-from jaxopt_rules.stateful import SGD, Adam, AdamW, Hook, Momentum, Optimizer, backward
+from jaxopt_rules.parameters import backward
+from jaxopt_rules.stateful import SGD, Adam, AdamW, Hook, Momentum, Optimizer
 
 BATCH = 32
 HIDDEN = 64

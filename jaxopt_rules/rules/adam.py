@@ -6,8 +6,9 @@ from jax import Array
 
 from jaxopt_rules.apply import step
 from jaxopt_rules.compose import chain
+from jaxopt_rules.lift import leafwise, real_zeros
 from jaxopt_rules.numerics import abs2, debias, ema, one_minus_power, sqrt
-from jaxopt_rules.rule import Rule, constructor, leafwise, real_zeros
+from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 

@@ -6,7 +6,8 @@ from jax import Array
 
 from jaxopt_rules.apply import step
 from jaxopt_rules.compose import chain
-from jaxopt_rules.rule import Rule, constructor, leafwise
+from jaxopt_rules.lift import leafwise
+from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 
 

@@ -1,0 +1,348 @@
+"""The two lifts that make a rule from a formula.
+
+A formula for one array becomes a rule through `leafwise`, a formula that looks across arrays through `treewise`. The
+lifts make the clock, evaluate schedules, skip what is absent, choose the precision, and put the results back into
+trees; the formulas do nothing of that.
+
+The words, in every module: `g` gradient, `d` descent direction, `p` parameter, `m` and `v` slots (memory per
+parameter), `count` finished updates (0 at birth; schedules see it), `t = count + 1` (formulas see it).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxopt_rules import trees
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode
+from jaxopt_rules.numerics import real, widened
+from jaxopt_rules.rule import Definition, constructor
+from jaxopt_rules.schedules import Schedule
+from jaxopt_rules.select import Selector, check_selector, select
+from jaxopt_rules.trees import Structure
+
+
+def zeros(p: Any) -> Array:
+    """The birth of a slot, unless it is declared otherwise: zeros like the parameter, in float32 or wider."""
+    return jnp.zeros_like(p, dtype=widened(p.dtype))
+
+
+def real_zeros(p: Any) -> Array:
+    """The birth of a slot that holds |g|² or another real quantity: zeros like the parameter, but real."""
+    return jnp.zeros_like(p, dtype=real(widened(p.dtype)))
+
+
+class _Leaves(NamedTuple):
+    """The arguments of an update, flattened and matched leaf by leaf."""
+
+    treedef: Structure
+    gs: list[Any]
+    ps: list[Any]  # all None where no parameters were given
+    slots: list[list[Any]]  # slots[i][k]: slot i of leaf k
+    present: list[bool]  # whether leaf k takes part
+    paths: Callable[[], list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Lift(Definition):
+    """The front half that both lifts share: clock, hyperparameters, schedules, and what is absent."""
+
+    function: Callable[..., Any]
+    State: type
+    hyper: Mapping[str, Any]  # by the name in the state: a number or a schedule
+    births: Mapping[str, Callable[[Any], Any]]  # by slot, in the order of the state's fields
+    where: Mapping[str, Selector | None]
+    metrics: tuple[str, ...]
+    wants: frozenset[str]  # the keyword-only arguments of `function`
+    ends: bool  # the chain
+    extra: frozenset[str]
+
+    @property
+    def terminal(self) -> bool:
+        return self.ends
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        return self.extra
+
+    @property
+    def name(self) -> str:
+        return self.State.__name__.removesuffix("State")
+
+    @property
+    def schedules(self) -> dict[Address, Schedule]:
+        return {((), name): cast(Schedule, value) for name, value in self.hyper.items() if callable(value)}
+
+    @property
+    def remembers(self) -> bool:
+        return bool(self.births) or "t" in self.wants or any(map(callable, self.hyper.values()))
+
+    def init(self, params: Any) -> Any:
+        leaves, treedef = trees.flatten(params)
+        home = trees.replicated(leaves)
+        count = jnp.zeros((), jnp.int32)
+        hyper = {name: self._birth(name, value, count) for name, value in self.hyper.items()}
+        metrics = {name: jnp.zeros((), jnp.result_type(float)) for name in self.metrics}
+        scalars = {"count": count, "hyper": hyper} | ({"metrics": metrics} if metrics else {})
+        if home is not None:
+            scalars = jax.device_put(scalars, home)
+        slots = {
+            slot: jax.tree.unflatten(treedef, [birth(p) if trees.is_inexact(p) else None for p in leaves])
+            for slot, birth in self.births.items()
+        }
+        return self.State(**scalars, **slots)
+
+    def _birth(self, name: str, value: Any, count: Array) -> Any:
+        if callable(value):
+            return Scheduled(jnp.array(encode(name, value(count)), jnp.result_type(float)))
+        return jnp.array(encode(name, value), jnp.result_type(float))
+
+    def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
+        if not isinstance(state, self.State):
+            raise TypeError(
+                f"{self.name}: update got a state of type {type(state).__name__}, not {self.State.__name__}; "
+                "was it made by the init of another rule?"
+            )
+        if params is None and "p" in self.wants:
+            raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
+        gs, treedef = trees.flatten(grads)
+        ps = [None] * len(gs) if params is None else trees.align(treedef, params, "the parameters")
+        slots = [trees.align(treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
+        paths = functools.lru_cache(lambda: trees.paths(grads))
+        present = [trees.is_inexact(g) and (params is None or trees.is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
+        for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
+            trees.check_gradient(lambda k=k: paths()[k], g, p)
+            for slot, values in zip(self.births, slots, strict=True):
+                if present[k] and values[k] is None:
+                    raise ValueError(
+                        f"{self.name}: the state has no {slot} for {trees.quoted(paths()[k])}: it was no trainable "
+                        "array when init ran; init again with the parameters that are trained now"
+                    )
+        return _Leaves(treedef, gs, ps, slots, present, paths)
+
+    def _advance(self, state: Any) -> tuple[Array, dict[str, Any], dict[str, Any]]:
+        """The next count; t and the hyperparameters by the names that the function asks for; what is stored."""
+        count = jnp.where(state.count == jnp.iinfo(jnp.int32).max, state.count, state.count + 1)
+        values: dict[str, Any] = {"t": count.astype(jnp.result_type(float))} if "t" in self.wants else {}
+        stored = {}
+        for name, source in self.hyper.items():
+            entry = state.hyper[name]
+            # The state decides: a plain value in place of a `Scheduled` mark overrules the rule's schedule.
+            if isinstance(entry, Scheduled):
+                values[name] = jnp.asarray(encode(name, source(state.count)), entry.value.dtype)
+                stored[name] = Scheduled(values[name])
+            else:
+                values[name] = stored[name] = entry
+        return count, values, stored
+
+    def _extra(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        if missing := sorted(self.extra - extra.keys()):
+            raise TypeError(f"{self.name} needs {', '.join(missing)}: update(grads, state, params, {missing[0]}=...)")
+        return {name: extra[name] for name in self.extra}
+
+
+class _Leafwise(_Lift):
+    def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        at = self._begin(grads, state, params)
+        count, scalars, hyper = self._advance(state)
+        scalars |= self._extra(extra)
+        like = at.gs if params is None else at.ps
+        chosen = {name: select(selector, at.paths(), like) for name, selector in self.where.items()}
+        outs: list[Any] = [None] * len(at.gs)
+        slots = [list(column) for column in at.slots]
+        for k in (k for k, present in enumerate(at.present) if present):
+            mine = scalars | {name: None for name, hits in chosen.items() if not hits[k]}
+            mine |= {"p": at.ps[k]} if "p" in self.wants else {}
+            outs[k], new = _on_leaf(self.function, at.gs[k], [column[k] for column in slots], mine, like[k].dtype)
+            for column, value in zip(slots, new, strict=True):
+                column[k] = value
+        grown = {slot: jax.tree.unflatten(at.treedef, column) for slot, column in zip(self.births, slots, strict=True)}
+        return jax.tree.unflatten(at.treedef, outs), self.State(count=count, hyper=hyper, **grown)
+
+
+def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[str, Any], dtype: Any) -> Any:
+    slot_dtypes = [x.dtype for x in jax.tree.leaves(slots) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(dtype)
+    if jnp.issubdtype(g.dtype, jnp.complexfloating):
+        wide = jnp.promote_types(wide, jnp.complex64)
+    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, keywords)
+
+
+@functools.cache
+def _compiled_leaf(leaf: Callable[..., Any], wide: jnp.dtype) -> Callable[..., Any]:
+    """The leaf function in slot precision, traced once for each shape.
+
+    Within an outer `jax.jit` this keeps one copy of the formula per shape in the program, not one per leaf.
+    """
+    scalar = real(wide)
+
+    def call(g: Array, slots: list[Any], keywords: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
+        cast = {
+            name: None if value is None else jnp.asarray(value).astype(wide if name == "p" else scalar)
+            for name, value in keywords.items()
+        }
+        result = leaf(g.astype(wide), *slots, **cast)
+        out, new = result if slots else (result, ())
+        return jnp.asarray(out, wide), jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), tuple(new), tuple(slots))
+
+    call.__name__ = leaf.__name__.lstrip("_")
+    return jax.jit(call)
+
+
+class _Treewise(_Lift):
+    def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        at = self._begin(grads, state, params)
+        count, keywords, hyper = self._advance(state)
+        keywords |= self._extra(extra)
+
+        def present_only(column: Sequence[Any]) -> Any:
+            kept = [x if present else None for x, present in zip(column, at.present, strict=True)]
+            return jax.tree.unflatten(at.treedef, kept)
+
+        if "p" in self.wants:
+            keywords["p"] = present_only(at.ps)
+        # Extra arguments may be functions, which nothing compiled can take.
+        function = self.function if self.extra else _compiled_tree(self.function)
+        result = function(present_only(at.gs), *map(present_only, at.slots), **keywords)
+        parts = list(result) if self.births or self.metrics else [result]
+        fields: dict[str, Any] = {}
+        if self.births:
+            for slot, old, new in zip(self.births, at.slots, parts[1], strict=True):
+                column = [
+                    jax.tree.map(lambda x, before: jnp.asarray(x, before.dtype), value, before) if present else before
+                    for present, before, value in zip(
+                        at.present, old, trees.align(at.treedef, new, f"{self.name}: the new {slot}"), strict=True
+                    )
+                ]
+                fields[slot] = jax.tree.unflatten(at.treedef, column)
+        if self.metrics:
+            recorded = parts[-1]
+            fields["metrics"] = {name: jnp.asarray(recorded[name], state.metrics[name].dtype) for name in self.metrics}
+        return parts[0], self.State(count=count, hyper=hyper, **fields)
+
+
+@functools.cache
+def _compiled_tree(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function)
+
+
+@constructor
+def leafwise(
+    leaf: Callable[..., Any],
+    State: type,
+    *,
+    slots: Mapping[str, Callable[[Any], Any]] | None = None,
+    where: Mapping[str, Selector | None] | None = None,
+    extra: Sequence[str] = (),
+    terminal: bool = False,
+    **hyper: Any,
+) -> Definition:
+    """Lifts a formula on one array to a rule on pytrees.
+
+        def _heavy_ball(g, v, *, momentum):
+            v = momentum * v + g
+            return v, (v,)
+
+        leafwise(_heavy_ball, VelocityState, momentum=0.9)
+
+    Args:
+      leaf: `leaf(g, *slots, *, **keywords)`. It is called with arrays of one shape in slot precision (float32 or
+        wider) and returns the result and a tuple of the new slots; without slots, the result alone. Its positional
+        arguments after the first are the slots, in the order of the state's fields. Its keyword-only arguments are all
+        that it may read: hyperparameters, `t` (number of this update, from 1), `p` (the parameter) and extra
+        arguments. Where it asks for `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1.
+      State: a NamedTuple with the fields `count`, `hyper` and then the slots.
+      slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`.
+      where: for a hyperparameter, the leaves that it applies to; elsewhere the leaf function receives `None` for it.
+      extra: names of extra arguments of `update` that the leaf function asks for.
+      terminal: whether the result is an update, with sign and learning rate applied, and not a direction.
+      **hyper: the hyperparameters, each a number or a schedule.
+
+    Raises:
+      TypeError: the signature of `leaf` does not fit the slots and the hyperparameters, or a value is not numeric.
+      ValueError: a hyperparameter is outside its domain.
+    """
+    return _lift(_Leafwise, leaf, State, slots, where, extra, terminal, hyper)
+
+
+@constructor
+def treewise(
+    function: Callable[..., Any],
+    State: type,
+    *,
+    slots: Mapping[str, Callable[[Any], Any]] | None = None,
+    metrics: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    terminal: bool = False,
+    **hyper: Any,
+) -> Definition:
+    """Lifts a formula that looks across the arrays of a tree to a rule.
+
+    `function` is called like a leaf function, with trees in place of arrays; in them, what is absent is `None`, so
+    that `jax.tree.map` passes over it. Gradients and parameters come in their own precision: widen them (see
+    `numerics.scale`) before computing. It returns the result, then a tuple of the new slots if it has slots, then a
+    dict of recorded values if it has `metrics`.
+
+    Args:
+      function: `function(grads, *slots, *, **keywords)`.
+      State: a NamedTuple with the fields `count`, `hyper`, the slots, and `metrics` if values are recorded.
+      slots, extra, terminal, **hyper: as in `leafwise`.
+      metrics: the names of the recorded values, scalars that `metrics(state)` collects.
+
+    Raises:
+      TypeError, ValueError: as `leafwise`.
+    """
+    return _lift(_Treewise, function, State, slots, None, extra, terminal, hyper, tuple(metrics))
+
+
+def _lift(
+    kind: type[_Lift],
+    function: Callable[..., Any],
+    State: type,
+    births: Mapping[str, Callable[[Any], Any]] | None,
+    where: Mapping[str, Selector | None] | None,
+    extra: Sequence[str],
+    terminal: bool,
+    hyper: Mapping[str, Any],
+    metrics: tuple[str, ...] = (),
+) -> _Lift:
+    fields = State._fields
+    slots = [name for name in fields[2:] if name != "metrics"]
+    title = f"{function.__name__}{inspect.signature(function)}"
+    if fields[:2] != ("count", "hyper"):
+        raise TypeError(f"{State.__name__}: the fields of a state begin with count, hyper, not {fields[:2]}")
+    if ("metrics" in fields) != bool(metrics):
+        raise TypeError(f"{State.__name__}: a state has a field `metrics` exactly where the rule records values")
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if positional[1:] != slots:
+        raise TypeError(f"{title}: after the gradient come the slots of {State.__name__}, {tuple(slots)}")
+    stored = {COMPLEMENT + name if COMPLEMENT + name in wants else name: name for name in hyper}
+    for name in sorted(wants - stored.keys() - {"t", "p"} - set(extra)):
+        raise TypeError(f"{title} asks for {name}, which is no hyperparameter: {tuple(hyper)}")
+    for name in sorted(stored.keys() - wants) + sorted(set(extra) - wants):
+        raise TypeError(f"{title} does not ask for {name}")
+    for name, value in hyper.items():
+        check(name, value)
+    selectors = {name: selector for name, selector in (where or {}).items() if selector is not None}
+    for name, selector in selectors.items():
+        check_selector(selector, f"{State.__name__.removesuffix('State')}: where")
+        if name not in stored:
+            raise TypeError(f"where names {name}, which is no hyperparameter: {tuple(stored)}")
+    return kind(
+        function=function,
+        State=State,
+        hyper={stored_name: hyper[name] for stored_name, name in stored.items()},
+        births={slot: (births or {}).get(slot, zeros) for slot in slots},
+        where=selectors,
+        metrics=metrics,
+        wants=frozenset(wants),
+        ends=terminal,
+        extra=frozenset(extra),
+    )
