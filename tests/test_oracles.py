@@ -6,38 +6,38 @@ import pytest
 
 import jaxopt_rules as jr
 
-torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.oracle, pytest.mark.x64]
 
 STEPS = 50
 
 CASES = {
-    "sgd": (jr.sgd(0.1), lambda p: torch.optim.SGD(p, 0.1)),
-    "velocity": (jr.sgd(0.1, 0.9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
-    "nesterov": (jr.sgd(0.1, 0.9, True), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True)),
+    "sgd": (jr.sgd(0.1), lambda torch, p: torch.optim.SGD(p, 0.1)),
+    "velocity": (jr.sgd(0.1, 0.9), lambda torch, p: torch.optim.SGD(p, 0.1, momentum=0.9)),
+    "nesterov": (jr.sgd(0.1, 0.9, True), lambda torch, p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True)),
     "l2": (
         jr.chain(jr.weight_decay(0.1), jr.sgd(0.1, 0.9)),
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        lambda torch, p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
     ),
-    "adam": (jr.adam(0.1, 0.8, 0.99, 1e-6), lambda p: torch.optim.Adam(p, 0.1, (0.8, 0.99), 1e-6)),
+    "adam": (jr.adam(0.1, 0.8, 0.99, 1e-6), lambda torch, p: torch.optim.Adam(p, 0.1, (0.8, 0.99), 1e-6)),
     "adam_l2": (
         jr.chain(jr.weight_decay(0.1), jr.adam(0.1)),
-        lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1),
+        lambda torch, p: torch.optim.Adam(p, 0.1, weight_decay=0.1),
     ),
-    "adamw": (jr.adamw(0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
+    "adamw": (jr.adamw(0.1, weight_decay=0.1), lambda torch, p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_pytorch(name, clip):
+    torch = pytest.importorskip("torch")
     rule, make = CASES[name]
     if clip is not None:
         rule = jr.chain(jr.clip_by_global_norm(clip), rule)
     rng = np.random.default_rng(0)
     start = {"a": rng.normal(size=(4, 3)), "b": rng.normal(size=5)}
     theirs = {key: torch.nn.Parameter(torch.tensor(value)) for key, value in start.items()}
-    optimizer = make(list(theirs.values()))
+    optimizer = make(torch, list(theirs.values()))
     ours = {key: jnp.asarray(value) for key, value in start.items()}
     state = rule.init(ours)
     for _ in range(STEPS):
