@@ -80,15 +80,25 @@ def test_as_a_program(tmp_path):
 
 
 def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "jaxopt_rules", "compare", "--steps", "1000000", "--out", str(tmp_path / "out")]
+    # A background job inherits an ignored SIGINT; the command is to meet it as in a terminal.
+    script = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jaxopt_rules.__main__ import main
+sys.exit(main(["compare", "--steps", "1000000", "--out", {str(tmp_path / "out")!r}]))
+"""
+    command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
-        while not (tmp_path / "out").exists():
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 60
+            while not (tmp_path / "out").exists():
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            printed, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert printed == ""
