@@ -3,7 +3,10 @@
 All start from the same weights and see the same batches. Settings and hooks are those of the documented examples.
 """
 
+import contextlib
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,14 +62,15 @@ def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path
     """
     if unknown := [name for name in names if name not in OPTIMIZERS]:
         raise UserError(f"unknown optimizer {unknown[0]!r}; choose from {', '.join(OPTIMIZERS)}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from error
-    console = Console()
-    for note in dataset.notes:
-        console.print(f"{dataset.name}: {note}", markup=False, highlight=False, soft_wrap=True)
-    results = compare(dataset, names, steps, seed)
+    with interrupted_between_steps() as check:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from error
+        console = Console()
+        for note in dataset.notes:
+            console.print(f"{dataset.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+        results = compare(dataset, names, steps, seed, check)
     console.print(table(dataset, results, steps, seed))
     try:
         plot(dataset, results, out / "loss.png")
@@ -75,7 +79,9 @@ def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path
     console.print(f"loss curves: {out / 'loss.png'}", markup=False, highlight=False, soft_wrap=True)
 
 
-def compare(dataset: Dataset, names: Sequence[str], steps: int, seed: int) -> list[Result]:
+def compare(
+    dataset: Dataset, names: Sequence[str], steps: int, seed: int, after_step: Callable[[], object] = lambda: None
+) -> list[Result]:
     """One result for each optimizer without hooks, and one with them. Shows its progress where there is a terminal."""
     model = MLP((dataset.x_train.shape[1], HIDDEN, dataset.classes or 1), jnp.tanh, seed=seed)
     initial = {name: parameter.data for name, parameter in model.params().items()}
@@ -86,13 +92,18 @@ def compare(dataset: Dataset, names: Sequence[str], steps: int, seed: int) -> li
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     results = []
     with Progress(*columns, console=console, disable=console.quiet, transient=True) as progress:
+
+        def advance() -> None:
+            progress.advance(task)
+            after_step()
+
         task = progress.add_task("", total=len(runs) * steps)
         for name, hooks in runs:
             progress.update(task, description=name)
             for key, parameter in model.params().items():
                 parameter.data = initial[key]
             optimizer = OPTIMIZERS[name](hooks)
-            losses, times = train(model, optimizer, dataset, steps, seed, lambda: progress.advance(task))
+            losses, times = train(model, optimizer, dataset, steps, seed, advance)
             results.append(
                 Result(
                     optimizer=type(optimizer).__name__,
@@ -105,6 +116,34 @@ def compare(dataset: Dataset, names: Sequence[str], steps: int, seed: int) -> li
                 )
             )
     return results
+
+
+@contextlib.contextmanager
+def interrupted_between_steps() -> Iterator[Callable[[], None]]:
+    """Puts Ctrl-C off until the yielded function is called, which then raises KeyboardInterrupt.
+
+    A KeyboardInterrupt is lost where it meets a callback of the garbage collector, and jax has one. A second Ctrl-C is
+    not put off.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    caught = []
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if caught:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train(
