@@ -61,9 +61,10 @@ class _Chain(Definition):
         return grads, self._pack(states)
 
     def apply(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        if not self.rules:
-            return super().apply(grads, state, params, extra)
         *hooks, last = self.rules
+        if definition_of(last).terminal is False:
+            # Behind a member of another library that gives updates, as far as one can know.
+            return super().apply(grads, state, params, extra)
         states = self._unpack(state)
         for i, rule in enumerate(hooks):
             grads, states[i] = rule.update(grads, states[i], params, **extra_for(rule, extra))
@@ -83,10 +84,13 @@ def chain(*rules: Rule, **named_rules: Rule) -> Definition:
     Pairs (init, update) from other libraries are members like any other.
 
     Raises:
-      TypeError: a member is no rule.
+      TypeError: a member is no rule, or a name no identifier.
       ValueError: something stands behind the member that turns gradients into updates: a second such member, or a
         hook or direction, which is made for gradients.
     """
+    for name in named_rules:
+        if not name.isidentifier():
+            raise TypeError(f"chain: members have identifiers as names, not {name!r}")
     members = {str(i): as_rule(rule, "chain") for i, rule in enumerate(rules)}
     members |= {name: as_rule(rule, "chain") for name, rule in named_rules.items()}
     ended_by = None

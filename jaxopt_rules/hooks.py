@@ -58,7 +58,8 @@ def clip_by_global_norm(max_norm: float | Schedule) -> Rule:
     The sum runs over all gradients that take part, in float32 or wider. n is recorded as `grad_norm` in
     `metrics(state)`. As documented for `ClipGrad` and as in PyTorch's `clip_grad_norm_`: a norm of exactly c is
     scaled too, by c / (c + 1e-6). A non-finite norm propagates: an infinite gradient becomes NaN and makes the
-    others 0, a NaN makes all of them NaN. max_norm = 0 makes every gradient 0, max_norm = ∞ clips nothing.
+    others 0, a NaN makes all of them NaN. max_norm = 0 makes every gradient 0, max_norm = ∞ clips nothing. In float32
+    the norm is infinite already where the sum of squares is, from gradients of 1.8e19 on.
 
     Memory: none.
 

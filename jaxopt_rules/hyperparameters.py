@@ -5,7 +5,6 @@ A state holds every numeric hyperparameter as a strong-typed scalar in the wides
 there 1 − 0.9999 is off by 2e-4.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,13 +27,13 @@ class Scheduled(NamedTuple):
 
 
 class _Domain(NamedTuple):
-    contains: Callable[[float], bool]
+    contains: Callable[[np.ndarray], np.ndarray]  # elementwise
     text: str
 
 
 _NOT_NEGATIVE = _Domain(lambda x: x >= 0, "must be at least 0")
-_DECAY_RATE = _Domain(lambda x: 0 <= x < 1, "must lie in [0, 1)")
-_ANY = _Domain(lambda x: not math.isnan(x), "must be a number")
+_DECAY_RATE = _Domain(lambda x: (x >= 0) & (x < 1), "must lie in [0, 1)")
+_ANY = _Domain(lambda x: ~np.isnan(x), "must be a number")
 
 _DOMAINS = {
     "learning_rate": _NOT_NEGATIVE,
@@ -45,12 +44,12 @@ _DOMAINS = {
 }
 
 
-def check(name: str, value: Any) -> None:
+def check(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     """Refuses a value that the hyperparameter `name` cannot take. Schedules and traced values pass unseen.
 
     Raises:
       TypeError: the value is not a real number.
-      ValueError: it is not a scalar, is NaN, or lies outside the domain of `name`.
+      ValueError: it is not of this shape, is NaN, or lies outside the domain of `name`.
     """
     if callable(value):
         return
@@ -60,25 +59,38 @@ def check(name: str, value: Any) -> None:
     )
     if not (real_number or real_array):
         raise TypeError(f"{name} must be a number or a schedule (a function of count), not {value!r}")
-    if jnp.shape(value) != ():
-        raise ValueError(f"{name} must be a scalar, not an array of shape {jnp.shape(value)}")
+    if jnp.shape(value) != shape:
+        wanted = f"has shape {shape} in this state, not" if shape else "must be a scalar, not an array of shape"
+        raise ValueError(f"{name} {wanted} {jnp.shape(value)}")
     if isinstance(value, Tracer):
         return
     domain = _DOMAINS.get(name, _ANY)
-    if not domain.contains(float(value)):
+    if not np.all(domain.contains(np.asarray(value, np.float64))):
         raise ValueError(f"{name} {domain.text}, not {value}")
 
 
 def complement(value: Any) -> Any:
-    """1 − value; in double where the value is a concrete Python or NumPy number."""
-    if isinstance(value, int | float | np.generic):
-        return 1.0 - float(value)
+    """1 − value; in double where the value is a Python number or of NumPy."""
+    if isinstance(value, int | float | np.generic | np.ndarray):
+        return 1.0 - np.asarray(value, np.float64)
     return 1 - jnp.asarray(value, jnp.result_type(float))
 
 
 def encode(stored_name: str, value: Any) -> Any:
     """The number that the state keeps under `stored_name` for a hyperparameter of this value."""
     return complement(value) if stored_name.startswith(COMPLEMENT) else value
+
+
+def scheduled(stored_name: str, schedule: Callable[[Any], Any], count: Array) -> Array:
+    """What a schedule makes of the hyperparameter that is stored under this name.
+
+    Raises:
+      ValueError: it gives no scalar; or, where nothing is traced, one outside the hyperparameter's domain.
+    """
+    value = schedule(count)
+    check(public_name(stored_name), value)
+    # A copy: the state shares no buffer with what the schedule may hold.
+    return jnp.array(encode(stored_name, value), jnp.result_type(float))
 
 
 def public_name(stored_name: str) -> str:

@@ -10,6 +10,7 @@ parameter), `count` finished updates (0 at birth; schedules see it), `t = count 
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxopt_rules import trees
-from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode
-from jaxopt_rules.numerics import real, widened
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
+from jaxopt_rules.numerics import is_inexact, real, widened
 from jaxopt_rules.rule import Definition, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector, check_selector, select
@@ -35,6 +36,12 @@ def zeros(p: Any) -> Array:
 def real_zeros(p: Any) -> Array:
     """The birth of a slot that holds |g|² or another real quantity: zeros like the parameter, but real."""
     return jnp.zeros_like(p, dtype=real(widened(p.dtype)))
+
+
+def _born(birth: Callable[[Any], Any], p: Any) -> Any:
+    slot = birth(p)
+    # A birth of its own may hand out the parameter's buffer, as `astype` does where it has nothing to do.
+    return slot if birth in (zeros, real_zeros) else jax.tree.map(jnp.array, slot)
 
 
 class _Leaves(NamedTuple):
@@ -84,7 +91,7 @@ class _Lift(Definition):
 
     def init(self, params: Any) -> Any:
         leaves, treedef = trees.flatten(params)
-        home = trees.replicated(leaves)
+        home = trees.scalar_home(leaves)
         count = jnp.zeros((), jnp.int32)
         hyper = {name: self._birth(name, value, count) for name, value in self.hyper.items()}
         metrics = {name: jnp.zeros((), jnp.result_type(float)) for name in self.metrics}
@@ -92,14 +99,14 @@ class _Lift(Definition):
         if home is not None:
             scalars = jax.device_put(scalars, home)
         slots = {
-            slot: jax.tree.unflatten(treedef, [birth(p) if trees.is_inexact(p) else None for p in leaves])
+            slot: jax.tree.unflatten(treedef, [_born(birth, p) if is_inexact(p) else None for p in leaves])
             for slot, birth in self.births.items()
         }
         return self.State(**scalars, **slots)
 
     def _birth(self, name: str, value: Any, count: Array) -> Any:
         if callable(value):
-            return Scheduled(jnp.array(encode(name, value(count)), jnp.result_type(float)))
+            return Scheduled(scheduled(name, cast(Schedule, value), count))
         return jnp.array(encode(name, value), jnp.result_type(float))
 
     def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
@@ -108,13 +115,18 @@ class _Lift(Definition):
                 f"{self.name}: update got a state of type {type(state).__name__}, not {self.State.__name__}; "
                 "was it made by the init of another rule?"
             )
+        if state.hyper.keys() != self.hyper.keys():
+            raise TypeError(
+                f"{self.name}: the state has the hyperparameters {', '.join(sorted(state.hyper))}, the rule has "
+                f"{', '.join(sorted(self.hyper))}; was the state made by the init of another rule?"
+            )
         if params is None and "p" in self.wants:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         gs, treedef = trees.flatten(grads)
         ps = [None] * len(gs) if params is None else trees.align(treedef, params, "the parameters")
         slots = [trees.align(treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
         paths = functools.lru_cache(lambda: trees.paths(grads))
-        present = [trees.is_inexact(g) and (params is None or trees.is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
+        present = [is_inexact(g) and (params is None or is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
         for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
             trees.check_gradient(lambda k=k: paths()[k], g, p)
             for slot, values in zip(self.births, slots, strict=True):
@@ -134,7 +146,9 @@ class _Lift(Definition):
             entry = state.hyper[name]
             # The state decides: a plain value in place of a `Scheduled` mark overrules the rule's schedule.
             if isinstance(entry, Scheduled):
-                values[name] = jnp.asarray(encode(name, source(state.count)), entry.value.dtype)
+                if not callable(source):
+                    raise TypeError(f"{self.name}: a schedule owns {name} in the state, and this rule has none for it")
+                values[name] = scheduled(name, cast(Schedule, source), state.count).astype(entry.value.dtype)
                 stored[name] = Scheduled(values[name])
             else:
                 values[name] = stored[name] = entry
@@ -152,17 +166,24 @@ class _Leafwise(_Lift):
         count, scalars, hyper = self._advance(state)
         scalars |= self._extra(extra)
         like = at.gs if params is None else at.ps
-        chosen = {name: select(selector, at.paths(), like) for name, selector in self.where.items()}
+        chosen = {name: self._selected(selector, grads, params) for name, selector in self.where.items()}
         outs: list[Any] = [None] * len(at.gs)
         slots = [list(column) for column in at.slots]
         for k in (k for k, present in enumerate(at.present) if present):
-            mine = scalars | {name: None for name, hits in chosen.items() if not hits[k]}
+            mine = scalars | {name: None for name, paths in chosen.items() if at.paths()[k] not in paths}
             mine |= {"p": at.ps[k]} if "p" in self.wants else {}
             outs[k], new = _on_leaf(self.function, at.gs[k], [column[k] for column in slots], mine, like[k].dtype)
             for column, value in zip(slots, new, strict=True):
                 column[k] = value
         grown = {slot: jax.tree.unflatten(at.treedef, column) for slot, column in zip(self.births, slots, strict=True)}
         return jax.tree.unflatten(at.treedef, outs), self.State(count=count, hyper=hyper, **grown)
+
+    def _selected(self, selector: Selector | None, grads: Any, params: Any) -> set[str]:
+        """Paths of the whole model, also of that part for which `None` stands among the gradients."""
+        model = grads if params is None else params
+        paths = trees.paths(model)
+        hits = select(selector, paths, trees.flatten(model)[0])
+        return {path for path, hit in zip(paths, hits, strict=True) if hit}
 
 
 def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[str, Any], dtype: Any) -> Any:
@@ -173,25 +194,60 @@ def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[
     return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, keywords)
 
 
-@functools.cache
+# By the function that was compiled, which may go: nothing here keeps it alive.
+_compiled: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
 def _compiled_leaf(leaf: Callable[..., Any], wide: jnp.dtype) -> Callable[..., Any]:
     """The leaf function in slot precision, traced once for each shape.
 
     Within an outer `jax.jit` this keeps one copy of the formula per shape in the program, not one per leaf.
     """
+    by_dtype = _compiled.setdefault(leaf, {})
+    if wide not in by_dtype:
+        by_dtype[wide] = _compile_leaf(weakref.ref(leaf), wide, _name_of(leaf))
+    return by_dtype[wide]
+
+
+def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Callable[..., Any]:
     scalar = real(wide)
 
     def call(g: Array, slots: list[Any], keywords: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
-        cast = {
-            name: None if value is None else jnp.asarray(value).astype(wide if name == "p" else scalar)
-            for name, value in keywords.items()
+        cast_keywords = {
+            key: None if value is None else jnp.asarray(value).astype(wide if key == "p" else scalar)
+            for key, value in keywords.items()
         }
-        result = leaf(g.astype(wide), *slots, **cast)
-        out, new = result if slots else (result, ())
-        return jnp.asarray(out, wide), jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), tuple(new), tuple(slots))
+        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords)
+        out, new = _parts(name, result, len(slots))
+        out = jnp.asarray(out, wide)
+        if out.shape != g.shape:
+            raise ValueError(f"{name} gave a result of shape {out.shape} for a gradient of shape {g.shape}")
+        return out, tuple(_as_before(name, x, old) for x, old in zip(new, slots, strict=True))
 
-    call.__name__ = leaf.__name__.lstrip("_")
+    call.__name__ = name.lstrip("_")
     return jax.jit(call)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _parts(name: str, result: Any, slots: int) -> tuple[Any, tuple[Any, ...]]:
+    if not slots:
+        return result, ()
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple) and len(result[1]) == slots:
+        return result
+    raise TypeError(f"{name} must return its result and a tuple of {slots} new slots: d, (slot, ...)")
+
+
+def _as_before(name: str, slot: Any, before: Any) -> Any:
+    """A new slot in the dtypes of the one before it."""
+    if jax.tree.structure(slot) != jax.tree.structure(before):
+        raise ValueError(f"{name} gave a slot of another structure than it had")
+    for x, old in zip(jax.tree.leaves(slot), jax.tree.leaves(before), strict=True):
+        if jnp.shape(x) != old.shape:
+            raise ValueError(f"{name} gave a slot of shape {jnp.shape(x)} for one of shape {old.shape}")
+    return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), slot, before)
 
 
 class _Treewise(_Lift):
@@ -226,9 +282,12 @@ class _Treewise(_Lift):
         return parts[0], self.State(count=count, hyper=hyper, **fields)
 
 
-@functools.cache
 def _compiled_tree(function: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(function)
+    compiled = _compiled.setdefault(function, {})
+    if "tree" not in compiled:
+        ref: Any = weakref.ref(function)
+        compiled["tree"] = jax.jit(lambda *args, **keywords: ref()(*args, **keywords))
+    return compiled["tree"]
 
 
 @constructor
@@ -313,11 +372,16 @@ def _lift(
 ) -> _Lift:
     fields = State._fields
     slots = [name for name in fields[2:] if name != "metrics"]
-    title = f"{function.__name__}{inspect.signature(function)}"
+    title = f"{_name_of(function)}{inspect.signature(function)}"
     if fields[:2] != ("count", "hyper"):
         raise TypeError(f"{State.__name__}: the fields of a state begin with count, hyper, not {fields[:2]}")
     if ("metrics" in fields) != bool(metrics):
         raise TypeError(f"{State.__name__}: a state has a field `metrics` exactly where the rule records values")
+    for name in (*hyper, *extra):
+        if name in ("t", "p") or name.startswith(COMPLEMENT):
+            raise TypeError(f"{title}: {name} is given by the lift and cannot be a hyperparameter or an extra argument")
+    if unknown := sorted((births or {}).keys() - set(slots)):
+        raise TypeError(f"{title}: {unknown[0]} is no slot of {State.__name__}, which has {tuple(slots)}")
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

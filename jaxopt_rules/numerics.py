@@ -1,9 +1,10 @@
 """The arithmetic that every rule shares: running means, bias corrections, norms, and the precision they use."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -19,6 +20,13 @@ def real(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.finfo(dtype).dtype)
 
 
+def is_inexact(x: object) -> TypeGuard[Array]:
+    """Whether `x` is an array (or the shape of one) of real or complex floating-point numbers."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return jnp.issubdtype(x.dtype, jnp.inexact)
+    return False
+
+
 @jax.custom_jvp
 def sqrt(x: Array) -> Array:
     """√x whose derivative at 0 is 0, so that a gradient taken through an update meets no ∞ · 0."""
@@ -28,7 +36,7 @@ def sqrt(x: Array) -> Array:
 @sqrt.defjvp
 def _(primals, tangents):
     (x,), (dx,) = primals, tangents
-    root = jnp.sqrt(x)
+    root = sqrt(x)
     nonzero = root != 0
     return root, jnp.where(nonzero, 0.5 / jnp.where(nonzero, root, 1), 0) * dx
 
@@ -68,7 +76,7 @@ def global_norm(tree: Any) -> Array:
     """
     squares = jnp.float32(0)
     for x in jax.tree.leaves(tree):
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        if is_inexact(x):
             wide = widened(x.dtype)
             if x.dtype != wide:
                 x = lax.optimization_barrier(x).astype(wide)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.interpreters import partial_eval
 
-from jaxopt_rules import trees
+from jaxopt_rules.numerics import is_inexact
 
 
 class Parameter:
@@ -168,7 +168,7 @@ def _make_backward(
             everything = [chosen.get(k, data) for k, data in enumerate(datas)]
             return jax.tree.unflatten(treedef, evaluate(*everything, *jax.tree.leaves(args)))
 
-        inexact = {k: data for k, data in enumerate(datas) if trees.is_inexact(data)}
+        inexact = {k: data for k, data in enumerate(datas) if is_inexact(data)}
         used = _depends_on(lambda chosen: value(chosen)[0], inexact)
         (loss, aux), grads = jax.value_and_grad(value, has_aux=True)(used)
         return loss, aux, [grads.get(k) for k in range(len(datas))]

@@ -57,6 +57,18 @@ class Rule(NamedTuple):
         updates, state = self.update(grads, state, params, **extra)
         return trees.apply_updates(params, updates), state
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Rule) and isinstance(self.update, Update) and isinstance(self.init, Init):
+            # Both functions were written as one: comparing one of them keeps nested rules from doubling the work.
+            return self.update == other.update and type(self.init) is type(other.init)
+        return tuple.__eq__(self, other) if isinstance(other, tuple) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.update)
+
     def __repr__(self) -> str:
         written = getattr(self.update, "written", None)
         return str(written) if written else f"Rule(init={self.init!r}, update={self.update!r})"
@@ -141,6 +153,11 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
     return value
+
+
+def _frozen(value: Any) -> Any:
+    """A list as a tuple, so that a rule does not change with a list that it was given."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:
@@ -234,7 +251,7 @@ def constructor(make: Callable[P, "Rule | Definition"]) -> Callable[P, Rule]:
     def build(*args: P.args, **kwargs: P.kwargs) -> Rule:
         made = make(*args, **kwargs)
         definition = made if isinstance(made, Definition) else definition_of(made)
-        written = Written(build, args, kwargs)
+        written = Written(build, tuple(map(_frozen, args)), {name: _frozen(value) for name, value in kwargs.items()})
         return Rule(Init(definition, written), Update(definition, written))
 
     return build
@@ -253,8 +270,11 @@ class _Foreign(Definition):
 
     @property
     def accepts(self) -> frozenset[str] | None:
-        parameters = inspect.signature(self.pair.update).parameters.values()
-        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
+        parameters = list(inspect.signature(self.pair.update).parameters.values())
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        named = [p.name for p in parameters[3:] if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return frozenset(named + [p.name for p in parameters[:3] if p.kind is p.KEYWORD_ONLY])
 
     def init(self, params: Any) -> Any:
         return self.pair.init(params)

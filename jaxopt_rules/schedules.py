@@ -26,7 +26,7 @@ def _elapsed(count: ArrayLike, steps: int) -> tuple[Array, Array]:
 
 
 def _check_steps(owner: object, steps: int, least: int = 1) -> None:
-    if not isinstance(steps, int | np.integer) or steps < least:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < least:
         raise ValueError(f"{type(owner).__name__}: steps must be an integer >= {least}, not {steps!r}")
 
 

@@ -1,14 +1,15 @@
 """Selection: which leaves of a tree something applies to.
 
 A selector is a glob pattern on paths (`*` stands for one segment or a part of one, `**` for any number of
-segments, and a pattern matches the whole path), a list of patterns, or a predicate `(path, array) -> bool`.
-`None` selects everything.
+segments, and a pattern matches the whole path), a list of patterns, or a predicate `(path, array) -> bool`, which is
+asked about arrays of floating-point numbers alone. `None` selects everything.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.trees import quoted
 
 Selector = str | Sequence[str] | Callable[[str, Any], bool]
@@ -29,7 +30,7 @@ def matches(pattern: str, path: str) -> bool:
         else:
             regex += "".join("[^/]*" if c == "*" else re.escape(c) for c in segment)
             regex += "" if last else "/"
-    return re.fullmatch(regex, path) is not None
+    return re.fullmatch(regex, path, re.DOTALL) is not None
 
 
 def check_selector(selector: object, owner: str) -> None:
@@ -57,7 +58,7 @@ def select(selector: Selector | None, paths: Sequence[str], leaves: Sequence[Any
     if selector is None:
         return [True] * len(leaves)
     if callable(selector):
-        return [leaf is not None and bool(selector(path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+        return [is_inexact(leaf) and bool(selector(path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     patterns = [selector] if isinstance(selector, str) else list(selector)
     hits = {pattern: [matches(pattern, path) for path in paths] for pattern in patterns}
     for pattern, hit in hits.items():

@@ -1,5 +1,6 @@
 """What a state can be asked: its hyperparameters, its recorded values, and its content under stable names."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +47,14 @@ def _families(state: Any, place: tuple[str | int, ...] = ()) -> Iterator[Family]
 def _map_families(function: Callable[[Family], Any], state: Any, place: tuple[str | int, ...] = ()) -> Any:
     if _is_family(state):
         return function(Family(place, state))
-    if isinstance(state, dict):
-        return type(state)({key: _map_families(function, part, (*place, key)) for key, part in state.items()})
+    if isinstance(state, Mapping):
+        parts = {key: _map_families(function, part, (*place, key)) for key, part in state.items()}
+        if not isinstance(state, dict):
+            make: Any = type(state)
+            return make(parts)
+        new = copy.copy(state)
+        new.update(parts)
+        return new
     if isinstance(state, list | tuple):
         parts = [_map_families(function, part, (*place, i)) for i, part in enumerate(state)]
         make = getattr(type(state), "_make", type(state))
@@ -84,7 +91,8 @@ def _named(entries: Sequence[Entry]) -> dict[str, Entry]:
         )
         for spelling in spellings:
             keys = [".".join(map(str, spelling(entry))) for entry in same]
-            if len(set(keys)) == len(keys):
+            # Of several, none is called by the bare name: it would be taken for all of them.
+            if len(set(keys)) == len(keys) and (len(same) == 1 or name not in keys):
                 named |= dict(zip(keys, same, strict=True))
                 break
     return named
@@ -105,9 +113,10 @@ def _value(entry: Entry) -> Array:
 def hyperparams(state: Any) -> dict[str, Array]:
     """The hyperparameters that a state holds, as a flat dict of scalars.
 
-    A name that occurs once in the state stands bare (`learning_rate`); others carry the name of their chain member,
-    group or family in front (`step.weight_decay`). Of a decay rate the state stores 1 − β; here it is β. For a
-    hyperparameter that a schedule owns it is the value last used, and before the first update that for count 0.
+    A name that occurs once in the state stands bare (`learning_rate`); others carry what tells them apart in front:
+    names of chain members, or of families (`step.weight_decay`), or positions. Of a decay rate the state stores 1 − β;
+    here it is β. For a hyperparameter that a schedule owns it is the value last used, and before the first update that
+    for count 0.
     """
     return {name: _value(entry) for name, entry in hyperparameter_entries(state).items()}
 
@@ -141,14 +150,10 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
 
 def replacement(entry: Entry, value: Any) -> Array:
     """`value` checked, encoded, and stored as the entry's old value was: its shape, dtype and sharding."""
-    old = entry.value.value if isinstance(entry.value, Scheduled) else entry.value
-    if jnp.shape(old) == ():
-        check(entry.name, value)
-    elif jnp.shape(value) != jnp.shape(old):
-        raise ValueError(f"{entry.name} has shape {jnp.shape(old)} in this state, not {jnp.shape(value)}")
+    old = entry.value
+    check(entry.name, value, jnp.shape(old))
     new = jnp.array(encode(entry.key, value), old.dtype)
-    sharding = trees.replicated([old])
-    return new if sharding is None else jax.device_put(new, sharding)
+    return trees.placed_like(new, old)
 
 
 def replace_hyperparameters(state: Any, new: Mapping[Address, Any]) -> Any:
@@ -182,8 +187,8 @@ def leaf_names(state: Any) -> list[str]:
     """A name for every leaf of a state, in the order of `jax.tree.leaves`.
 
     Names are made of labels, family, field and path (`adam.m.blocks/0/w`, `step.hyper.learning_rate`), and not of
-    positions, so that putting a hook in front of a chain renames nothing. Of several members of one family under one
-    label, the second is `adam#2`, and so on.
+    positions, so that putting a hook of another family in front of a chain renames nothing. Of several members of one
+    family under one label, the second is `adam#2`, and so on; states of other libraries are named by their positions.
     """
     taken: dict[str, int] = {}
 

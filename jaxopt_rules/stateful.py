@@ -27,6 +27,7 @@ from jax.tree_util import DictKey, tree_flatten_with_path
 from jaxopt_rules import trees
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
+from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.parameters import Model, Parameter, named_parameters
 from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for, not_an_update
 from jaxopt_rules.rules.adam import adam, adamw
@@ -287,7 +288,7 @@ class Optimizer:
             self._set_state(state)
             entry = self._fields[field]
         old = self._leaves[entry.value]
-        self._leaves[entry.value] = jax.device_put(jnp.array(encode(entry.key, value), old.dtype), old.sharding)
+        self._leaves[entry.value] = trees.placed_like(jnp.array(encode(entry.key, value), old.dtype), old)
 
     @property
     def hook(self) -> tuple[Hook, ...]:
@@ -429,7 +430,7 @@ class Optimizer:
         paths = trees.paths(grads)
         for k, (g, part) in enumerate(zip(gs, parts, strict=True)):
             trees.check_gradient(lambda k=k: paths[k], g, part)
-        present = [k for k, g in enumerate(gs) if trees.is_inexact(g) and trees.is_inexact(parts[k])]
+        present = [k for k, g in enumerate(gs) if is_inexact(g) and is_inexact(parts[k])]
         newcomers: dict[Parameter | str, str] = {paths[k]: paths[k] for k in present if paths[k] not in self._keys}
         if newcomers:
             everyone = dict(zip(trees.paths(model), leaves, strict=True))
@@ -550,7 +551,7 @@ def _carried_over(old: Any, new: Any) -> Any:
     leaves, treedef = tree_flatten_with_path(new)
     carried = []
     for path, leaf in leaves:
-        home = trees.replicated([leaf])
+        home = trees.scalar_home([leaf])
         x = before.get(path, leaf)
         carried.append(x if home is None or leaf.ndim else jax.device_put(x, home))
     return jax.tree.unflatten(treedef, carried)
@@ -582,8 +583,7 @@ def _loaded(state: Any, saved: Mapping[str, Any]) -> Any:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"the saved state does not fit: {', '.join(problems[:5])}{more}")
     new = [
-        jax.device_put(jnp.array(saved[name], leaf.dtype), leaf.sharding)
-        for name, leaf in zip(names, leaves, strict=True)
+        trees.placed_like(jnp.array(saved[name], leaf.dtype), leaf) for name, leaf in zip(names, leaves, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(state), new)
 

@@ -1,7 +1,7 @@
 """How the library reads pytrees: which leaves take part, what they are called, and how two trees are matched."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jaxopt_rules.numerics import widened
+from jaxopt_rules.numerics import is_inexact, widened
 
 Structure = Any  # jax.tree_util.PyTreeDef, which is no type to a type checker
 
@@ -39,13 +39,6 @@ def _path(keys: Any) -> str:
     return keystr(keys, simple=True, separator="/")
 
 
-def is_inexact(x: object) -> TypeGuard[jax.Array]:
-    """Whether `x` is an array (or the shape of one) of real or complex floating-point numbers."""
-    if isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return jnp.issubdtype(x.dtype, jnp.inexact)
-    return False
-
-
 def quoted(path: str) -> str:
     """A path as error messages show it."""
     return f"'{path}'" if path else "the tree's only leaf"
@@ -72,18 +65,21 @@ def align(treedef: Structure, tree: Any, what: str, reference: str = "the gradie
         raise ValueError(f"{what} must be a tree like {reference}, but {detail}") from error
 
 
-def check_gradient(path: Callable[[], str], g: Any, p: Any) -> None:
-    """Refuses a gradient (or update) that cannot belong to its parameter; `path` is asked for the message alone.
+def check_gradient(path: Callable[[], str], g: Any, p: Any, what: str = "gradient") -> None:
+    """Refuses a gradient (or an update) that cannot belong to its parameter; `path` is asked for the message alone.
 
     Raises:
-      TypeError: one of the two is a Python number where an array is needed.
+      TypeError: one of the two is a Python number where an array is needed, or `g` is complex and `p` is real.
       ValueError: the shapes differ.
     """
-    for what, x in (("gradient", g), ("parameter", None if g is None else p)):
+    for name, x in ((what, g), ("parameter", None if g is None else p)):
         if isinstance(x, float | complex) and not isinstance(x, np.generic):
-            raise TypeError(f"the {what} at {quoted(path())} is a Python number; make it an array: jnp.array({x!r})")
-    if is_inexact(g) and is_inexact(p) and g.shape != p.shape:
-        raise ValueError(f"the gradient at {quoted(path())} has shape {g.shape}, its parameter has shape {p.shape}")
+            raise TypeError(f"the {name} at {quoted(path())} is a Python number; make it an array: jnp.array({x!r})")
+    if is_inexact(g) and is_inexact(p):
+        if g.shape != p.shape:
+            raise ValueError(f"the {what} at {quoted(path())} has shape {g.shape}, its parameter has shape {p.shape}")
+        if jnp.issubdtype(g.dtype, jnp.complexfloating) and not jnp.issubdtype(p.dtype, jnp.complexfloating):
+            raise TypeError(f"the {what} at {quoted(path())} is complex ({g.dtype}), its parameter is real ({p.dtype})")
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -98,7 +94,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     leaves, treedef = flatten(updates)
     current = align(treedef, params, "the parameters", "the updates")
     for k, (u, p) in enumerate(zip(leaves, current, strict=True)):
-        check_gradient(lambda k=k: paths(updates)[k], u, p)
+        check_gradient(lambda k=k: paths(updates)[k], u, p, "update")
     new = [_add(p, u) if u is not None and is_inexact(p) else p for p, u in zip(current, leaves, strict=True)]
     return jax.tree.unflatten(treedef, new)
 
@@ -109,12 +105,25 @@ def _add(p: jax.Array, u: jax.Array) -> jax.Array:
     return (p.astype(wide) + u.astype(wide)).astype(p.dtype)
 
 
-def replicated(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
-    """Where a scalar belongs that accompanies these arrays: everywhere on their mesh, if they live on one."""
+def scalar_home(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
+    """Where a scalar belongs that accompanies these arrays, if they are bound to a place.
+
+    Everywhere on their mesh, or on the device that they were put on. A scalar elsewhere would come back from the first
+    compiled update in another place than it went in, and cost a second compilation.
+    """
     for leaf in leaves:
         if isinstance(leaf, Tracer):
             continue
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):
             return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        if getattr(leaf, "committed", False):
+            return sharding
     return None
+
+
+def placed_like(new: jax.Array, old: Any) -> jax.Array:
+    """`new` where `old` is, if that is bound to a place; one that is not goes wherever the others are."""
+    if isinstance(old, Tracer) or not getattr(old, "committed", False):
+        return new
+    return jax.device_put(new, old.sharding)

@@ -1,7 +1,9 @@
 """Rules as values, the lifts that make them, and what both refuse."""
 
 import functools
+import gc
 import pickle
+import weakref
 from typing import Any, NamedTuple
 
 import chex
@@ -156,6 +158,8 @@ def test_constructors_take_traced_values():
         (lambda: jr.chain(jr.adam(), jr.sgd(0.1)), ValueError, r"sgd\(0.1\) stands behind adam\(\), which has turned"),
         (lambda: jr.chain(jr.adam(), jr.clip_grad(1.0)), ValueError, r"clip_by_global_norm\(1.0\) stands behind adam"),
         (lambda: jr.Warmup(3, jr.Cosine(0.1, 9)), TypeError, r"the schedule first: Warmup\(Cosine\(0.1, 9\), 3\)"),
+        (lambda: jr.chain(jr.clip_grad(1.0), **{"0": jr.sgd(0.1)}), TypeError, "identifiers as names, not '0'"),
+        (lambda: jr.Constant(1.0) and jr.Linear(0.1, True), ValueError, "steps must be an integer >= 1, not True"),
         (lambda: jr.Optimizer(0.1), TypeError, "Optimizer takes rules"),
         (lambda: jr.Optimizer(jr.adam_direction()), ValueError, r"chain\(adam_direction\(\), step\(learning_rate\)\)"),
         (lambda: jr.SGD(0.1, hook=[3]), TypeError, "hook takes rules"),
@@ -216,6 +220,13 @@ def test_a_gradient_whose_parameter_had_no_slot():
         rule.update(PARAMS, state, PARAMS)
 
 
+def test_the_state_of_another_rule_of_the_family():
+    with pytest.raises(TypeError, match="the state has the hyperparameters learning_rate, the rule has learning_"):
+        jr.step(0.1, 0.1).update(PARAMS, jr.step(0.1).init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="a schedule owns learning_rate in the state, and this rule has none"):
+        jr.sgd(0.1).update(PARAMS, jr.sgd(jr.Constant(0.1)).init(PARAMS))
+
+
 def test_the_state_of_another_rule():
     with pytest.raises(TypeError, match="Adam: update got a state of type VelocityState, not AdamState"):
         jr.adam_direction().update(PARAMS, jr.momentum_direction().init(PARAMS))
@@ -239,9 +250,37 @@ def test_a_pair_that_takes_any_extra_argument_gets_it():
         seen.update(extra)
         return grads, state
 
+    def named(grads, state, params=None, *, noise):
+        seen["noise"] = noise
+        return grads, state
+
     rule = jr.chain(jr.Rule(lambda params: (), update), jr.sgd(0.1))
     rule.update(PARAMS, rule.init(PARAMS), PARAMS, anything=1)
-    assert seen == {"anything": 1}
+    rule = jr.chain(jr.Rule(lambda params: (), named), jr.sgd(0.1))
+    rule.update(PARAMS, rule.init(PARAMS), PARAMS, noise=2)
+    assert seen == {"anything": 1, "noise": 2}
+    with pytest.raises(TypeError, match=r"does not take nois; .* noise"):
+        rule.update(PARAMS, rule.init(PARAMS), PARAMS, nois=2)
+
+
+def test_a_rule_does_not_change_with_a_list_that_it_was_given():
+    where = ["w"]
+    rule = jr.adamw(where=where)
+    where.append("b")
+    assert rule == jr.adamw(where=["w"])
+    assert repr(rule) == "adamw(where=('w',))"
+
+
+def test_deeply_nested_rules_compare_in_no_time():
+    def nested():
+        rule = jr.sgd(0.1)
+        for _ in range(40):
+            rule = jr.chain(rule)
+        return rule
+
+    assert nested() == nested()
+    assert hash(nested()) == hash(nested())
+    assert nested() != jr.chain(nested())
 
 
 def test_apply_updates_checks_shapes_and_leaves_the_rest_alone():
@@ -276,13 +315,34 @@ def test_an_empty_tree():
     assert state[0].count == 1
 
 
-def test_a_none_in_place_of_a_subtree():
+@pytest.mark.parametrize("where", [None, "**/w", lambda path, p: p.ndim > 1])
+def test_a_none_in_place_of_a_subtree(where):
     params = {"a": {"w": jnp.ones(2), "b": jnp.ones(1)}, "c": jnp.ones(3)}
-    rule = jr.adamw(0.1)
+    rule = jr.adamw(0.1, where=where)
     new, state = rule.apply({"a": None, "c": jnp.ones(3)}, rule.init(params), params)
     assert new["a"] == params["a"]
     assert (new["c"] < 1).all()
     assert jax.tree.structure(state) == jax.tree.structure(rule.init(params))
+
+
+def test_a_complex_gradient_of_a_real_parameter():
+    rule = jr.sgd(0.1)
+    with pytest.raises(TypeError, match=r"the gradient at 'b' is complex \(complex64\), its parameter is real"):
+        rule.update(PARAMS | {"b": jnp.ones(3, jnp.complex64)}, rule.init(PARAMS), PARAMS)
+
+
+def test_the_global_norm_passes_over_what_is_no_inexact_array():
+    assert (
+        jr.global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0]), "n": jnp.arange(3), "f": jnp.tanh, "x": 1.0}) == 5
+    )
+
+
+def test_second_derivatives_at_a_zero_gradient():
+    def end(rate):
+        rule, p = jr.chain(jr.clip_grad(1.0), jr.adam(rate)), jnp.zeros(2)
+        return rule.apply(p, rule.init(p), p)[0].sum()
+
+    assert jnp.isfinite(jax.grad(jax.grad(end))(0.1))
 
 
 def test_complex_parameters():
@@ -311,6 +371,14 @@ def _plain(g, *, rate):
     return rate * g
 
 
+def _stored(g, *, one_minus_b1):
+    return g
+
+
+def _clocked(g, *, t):
+    return g
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -326,6 +394,12 @@ def _plain(g, *, rate):
         (lambda: jr.leafwise(_plain, CountState, extra=("value",), rate=1.0), "does not ask for value"),
         (lambda: jr.leafwise(_plain, ClipState, rate=1.0), "a field `metrics` exactly where the rule records"),
         (lambda: jr.leafwise(_plain, CountState, where={"rat": "w"}, rate=1.0), "where names rat, which is no hyper"),
+        (lambda: jr.leafwise(_stored, CountState, one_minus_b1=0.1), "one_minus_b1 is given by the lift and"),
+        (lambda: jr.leafwise(_clocked, CountState, t=1.0), "t is given by the lift and cannot be a hyperparameter"),
+        (
+            lambda: jr.leafwise(_plain, CountState, slots={"vv": jnp.zeros_like}, rate=1.0),
+            "vv is no slot of CountState",
+        ),
         (lambda: jr.leafwise(_plain, jr.Rule, rate=1.0), "the fields of a state begin with count, hyper"),
     ],
 )
@@ -387,6 +461,54 @@ def test_a_slot_of_another_shape():
     out, state = rule.update(grads, rule.init(grads))
     assert state.v["w"].shape == (3,)
     np.testing.assert_allclose(out["w"], -1.0)
+
+
+def _first_of_g(g, v, *, rate):
+    return g[:1], (v,)
+
+
+def _first_of_v(g, v, *, rate):
+    return g, (v[:1],)
+
+
+def _no_tuple(g, v, *, rate):
+    return g, v
+
+
+@pytest.mark.parametrize(
+    ("leaf", "error", "message"),
+    [
+        (_first_of_g, ValueError, r"_first_of_g gave a result of shape \(1,\) for a gradient of shape \(3,\)"),
+        (_first_of_v, ValueError, r"_first_of_v gave a slot of shape \(1,\) for one of shape \(3,\)"),
+        (_no_tuple, TypeError, r"_no_tuple must return its result and a tuple of 1 new slots"),
+    ],
+)
+def test_what_a_leaf_function_returns_is_checked(leaf, error, message):
+    rule, g = jr.leafwise(leaf, SlotState, rate=1.0), jnp.ones(3)
+    with pytest.raises(error, match=message):
+        rule.update(g, rule.init(g))
+
+
+def test_a_leaf_function_is_not_kept_alive():
+    def references():
+        def leaf(g, *, rate):
+            return rate * g
+
+        rule = jr.leafwise(leaf, CountState, rate=1.0)
+        rule.update(PARAMS, rule.init(PARAMS))
+        return weakref.ref(leaf)
+
+    gone = references()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_birth_that_hands_out_the_parameter_is_copied():
+    def _keep(g, v, *, rate):
+        return g, (v,)
+
+    rule, p = jr.leafwise(_keep, SlotState, slots={"v": lambda p: p.astype(jnp.float32)}, rate=1.0), jnp.ones(3)
+    assert rule.init(p).v.unsafe_buffer_pointer() != p.unsafe_buffer_pointer()
 
 
 def test_the_counter_stops_at_its_largest_value():

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -64,6 +65,13 @@ def test_decay_where():
             new, _ = rule.apply(zeros, rule.init(params), params)
             assert (new["w"] < 2).all()
             assert (new["b"] == 2).all()
+
+
+def test_a_predicate_is_asked_about_arrays_alone():
+    asked = []
+    params = {"w": jnp.ones((2, 2)), "f": jnp.tanh, "rate": 0.5, "n": jnp.arange(2), "none": None}
+    select(lambda path, x: asked.append(path), paths(params), jax.tree.leaves(params, is_leaf=lambda x: x is None))
+    assert asked == ["w"]
 
 
 def test_a_pattern_without_a_leaf_is_an_error():

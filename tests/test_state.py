@@ -1,5 +1,8 @@
 """Live hyperparameters, recorded values, and names of leaves."""
 
+import collections
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,10 @@ def test_hyperparams_have_bare_names_where_these_are_unique():
         (
             jr.chain(first=jr.weight_decay(0.1), second=jr.weight_decay(0.2), third=jr.sgd(0.1)),
             {"first.weight_decay", "second.weight_decay"},
+        ),
+        (
+            jr.chain(jr.weight_decay(0.1), jr.chain(a=jr.weight_decay(0.2), s=jr.sgd(0.1))),
+            {"weight_decay.weight_decay", "a.weight_decay.weight_decay"},
         ),
         (
             jr.chain(jr.weight_decay(0.1), jr.weight_decay(0.2), jr.sgd(0.1)),
@@ -118,6 +125,53 @@ def test_a_population_with_a_rate_each():
     assert (new.hyper["learning_rate"] == 1).all()
     with pytest.raises(ValueError, match=r"learning_rate has shape \(3,\) in this state, not \(\)"):
         jr.set_hyperparams(state, learning_rate=1.0)
+    with pytest.raises(ValueError, match="learning_rate must be at least 0"):
+        jr.set_hyperparams(state, learning_rate=jnp.array([0.1, -1.0, 0.1]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        (lambda count: jnp.ones(3), ValueError, r"learning_rate must be a scalar, not an array of shape \(3,\)"),
+        (lambda count: -1.0, ValueError, "learning_rate must be at least 0, not -1.0"),
+        (lambda count: True, TypeError, "learning_rate must be a number"),
+        (lambda count: jnp.nan, ValueError, "learning_rate must be at least 0, not nan"),
+    ],
+)
+def test_what_a_schedule_gives_is_checked(schedule, error, message):
+    with pytest.raises(error, match=message):
+        jr.sgd(schedule).init(PARAMS)
+
+
+def test_a_schedule_shares_no_array_with_the_state():
+    held = jnp.float32(0.1)
+    rule = jr.sgd(lambda count: held)
+    _, state = rule.update(PARAMS, rule.init(PARAMS))
+    assert state.hyper["learning_rate"].value.unsafe_buffer_pointer() != held.unsafe_buffer_pointer()
+
+
+def test_states_in_other_mappings():
+    mapping = types.MappingProxyType({"opt": jr.sgd(0.1).init(PARAMS)})
+    ordered = collections.OrderedDict(mapping)
+    default = collections.defaultdict(list, mapping)
+    for state in (mapping, ordered, default):
+        new = jr.set_hyperparams(state, learning_rate=0.5)
+        assert type(new) is type(state)
+        assert jr.hyperparams(new)["learning_rate"] == 0.5
+        assert jr.hyperparams(state)["learning_rate"] == np.float32(0.1)
+
+
+def test_new_values_compile_nothing_where_arrays_are_committed_to_a_device():
+    device = jax.devices()[1]
+    params = jax.device_put(PARAMS, device)
+    rule = jr.adamw()
+    state = rule.init(params)
+    step = jax.jit(lambda params, state: rule.apply(params, state, params))
+    params, state = step(params, state)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(state))
+    for values in ({"learning_rate": 0.5}, {"b1": 0.5}, {"b1": 0.1, "eps": 1e-3}):
+        params, state = step(params, jr.set_hyperparams(state, **values))
+    assert step._cache_size() == 1
 
 
 def test_metrics_in_a_scan():
