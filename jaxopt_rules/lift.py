@@ -129,7 +129,12 @@ class _Lift(Definition):
         present = [is_inexact(g) and (params is None or is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
         for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
             trees.check_gradient(lambda k=k: paths()[k], g, p)
-            for slot, values in zip(self.births, slots, strict=True):
+            for (slot, birth), values in zip(self.births.items(), slots, strict=True):
+                if present[k] and values[k] is not None and birth in (zeros, real_zeros) and values[k].shape != g.shape:
+                    raise ValueError(
+                        f"{self.name}: the gradient at {trees.quoted(paths()[k])} has shape {g.shape}, "
+                        f"the state's {slot} has shape {values[k].shape}"
+                    )
                 if present[k] and values[k] is None:
                     raise ValueError(
                         f"{self.name}: the state has no {slot} for {trees.quoted(paths()[k])}: it was no trainable "

@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.extend
@@ -41,16 +41,20 @@ def _array(x: Any) -> Array:
     return jnp.array(x, x.dtype) if x.weak_type else x
 
 
-@runtime_checkable
 class Model(Protocol):
     """Anything whose `params()` gives its parameters by name."""
 
     def params(self) -> Mapping[str, Parameter]: ...
 
 
+def is_model(x: object) -> TypeGuard[Model]:
+    """Whether `x` has a method `params`."""
+    return callable(getattr(x, "params", None))
+
+
 def named_parameters(model: Model) -> dict[Parameter, str]:
     """The parameters of a model and their names; one that is listed under several names comes once."""
-    if not isinstance(model, Model):
+    if not is_model(model):
         raise TypeError(
             f"{type(model).__name__} has no params() that gives its parameters by name; for a model that is a pytree, "
             "pass the gradients too: update(model, grads)"
@@ -78,7 +82,8 @@ def backward(loss_fn: Callable[..., Any], model: Model, *args: Any, has_aux: boo
     function every time, and what changes as an argument.
 
     A gradient is added to the one that is there. A parameter that the loss does not depend on keeps its `.grad`,
-    `None` if there was none. That is not a zero gradient: such a parameter is not updated at all.
+    `None` if there was none. That is not a zero gradient: such a parameter is not updated at all. The gradient of a
+    complex parameter is the direction in which the loss rises, the conjugate of what `jax.grad` gives.
 
     Args:
       *args: pytrees of arrays; `None` is allowed.
@@ -114,7 +119,7 @@ def _sums(old: list[Any], more: list[Array]) -> list[Array]:
 
 
 # By model and by function, which both may go: nothing here keeps either of them alive.
-_backwards: dict[int, weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Callable[..., Any]]]] = {}
+_backwards: dict[int, weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]]] = {}
 
 
 def _compiled_backward(
@@ -133,9 +138,12 @@ def _compiled_backward(
     function, owner = (loss_fn.__func__, id(loss_fn.__self__)) if method else (loss_fn, None)
     loss_ref = weakref.WeakMethod(loss_fn) if method else weakref.ref(loss_fn)
     cache, key = _backwards[id(model)].setdefault(function, {}), (parameters, has_aux, owner)
-    if key not in cache:
-        cache[key] = _make_backward(loss_ref, model_ref, parameters, has_aux)
-    return cache[key]
+    known_ref, compiled = cache.get(key, (lambda: None, None))
+    # The id of a method's owner may be that of another one, which is gone.
+    if compiled is None or known_ref() != loss_fn:
+        compiled = _make_backward(loss_ref, model_ref, parameters, has_aux)
+        cache[key] = loss_ref, compiled
+    return compiled
 
 
 def _make_backward(
@@ -171,7 +179,9 @@ def _make_backward(
         inexact = {k: data for k, data in enumerate(datas) if is_inexact(data)}
         used = _depends_on(lambda chosen: value(chosen)[0], inexact)
         (loss, aux), grads = jax.value_and_grad(value, has_aux=True)(used)
-        return loss, aux, [grads.get(k) for k in range(len(datas))]
+        # Of a complex x, JAX gives the conjugate of the direction in which the loss rises.
+        rising = {k: jnp.conj(g) if jnp.iscomplexobj(g) else g for k, g in grads.items()}
+        return loss, aux, [rising.get(k) for k in range(len(datas))]
 
     return run
 

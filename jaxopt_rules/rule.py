@@ -257,6 +257,9 @@ def constructor(make: Callable[P, "Rule | Definition"]) -> Callable[P, Rule]:
     return build
 
 
+_CONSTRUCTOR_CODE = constructor(Definition).__code__
+
+
 def definition_of(rule: Rule) -> Definition:
     """What stands behind a rule; for a pair of functions from elsewhere, a definition that calls them."""
     if isinstance(rule.update, Update):
@@ -283,6 +286,16 @@ class _Foreign(Definition):
         return self.pair.update(grads, state, params, **extra_for(self.pair, extra))
 
 
+def is_pair(x: Any) -> bool:
+    """Whether `x` is a rule, or has `init` and `update` as one has."""
+    return callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
+
+
+def is_constructor(x: Any) -> bool:
+    """Whether `x` makes rules, and was not called."""
+    return getattr(x, "__code__", None) is _CONSTRUCTOR_CODE
+
+
 def as_rule(x: Any, owner: str) -> Rule:
     """`x` as a rule, if it is one or any other pair with the attributes `init` and `update`.
 
@@ -291,7 +304,7 @@ def as_rule(x: Any, owner: str) -> Rule:
     """
     if isinstance(x, Rule):
         return x
-    if callable(getattr(x, "init", None)) and callable(getattr(x, "update", None)):
+    if is_pair(x):
         return Rule(x.init, x.update)
     hint = ""
     if callable(x):

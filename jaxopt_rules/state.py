@@ -197,9 +197,13 @@ def leaf_names(state: Any) -> list[str]:
         taken[prefix] = taken.get(prefix, 0) + 1
         if taken[prefix] > 1:
             prefix = f"{prefix}#{taken[prefix]}"
-        return type(family.state)(
-            *(_with_names(part, f"{prefix}.{name}") for name, part in family.state._asdict().items())
-        )
+        fields = family.state._asdict()
+        named = {name: _with_names(part, f"{prefix}.{name}") for name, part in fields.items()}
+        # The value of a schedule is saved under the name of the hyperparameter, which may be a plain number later.
+        named["hyper"] = {
+            key: _with_names(x, f"{prefix}.hyper.{key}", deep=False) for key, x in fields["hyper"].items()
+        }
+        return type(family.state)(**named)
 
     named = _map_families(name_family, state)
     leaves, _ = trees.flatten_with_paths(named)
@@ -210,6 +214,6 @@ class _Name(str):
     """A leaf's name, told apart from the leaves of states that are no families."""
 
 
-def _with_names(part: Any, prefix: str) -> Any:
+def _with_names(part: Any, prefix: str, deep: bool = True) -> Any:
     leaves, treedef = trees.flatten_with_paths(part)
-    return jax.tree.unflatten(treedef, [_Name(f"{prefix}.{path}" if path else prefix) for path, _ in leaves])
+    return jax.tree.unflatten(treedef, [_Name(f"{prefix}.{path}" if path and deep else prefix) for path, _ in leaves])

@@ -14,6 +14,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, cast
 
 import jax
@@ -26,10 +27,19 @@ from jax.tree_util import DictKey, tree_flatten_with_path
 
 from jaxopt_rules import trees
 from jaxopt_rules.compose import chain
-from jaxopt_rules.hyperparameters import COMPLEMENT, Scheduled, check, encode
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
 from jaxopt_rules.numerics import is_inexact
-from jaxopt_rules.parameters import Model, Parameter, named_parameters
-from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, extra_for, not_an_update
+from jaxopt_rules.parameters import Model, Parameter, is_model, named_parameters
+from jaxopt_rules.rule import (
+    Rule,
+    as_rule,
+    check_extra,
+    definition_of,
+    extra_for,
+    is_constructor,
+    is_pair,
+    not_an_update,
+)
 from jaxopt_rules.rules.adam import adam, adamw
 from jaxopt_rules.rules.sgd import momentum as momentum_rule
 from jaxopt_rules.rules.sgd import sgd
@@ -57,20 +67,21 @@ def params(model: Model, hook: Iterable[Hook] = ()) -> list[Parameter]:
     with _restored_on_error(named):
         for run in hooks:
             if isinstance(run, Rule):
-                values = {named[p]: p.data for p in listed}
-                grads, _ = run.update({named[p]: p.grad for p in listed}, run.init(values), values)
-                _write_grads(listed, [grads[named[p]] for p in listed])
+                keys = [named.get(p, f"parameter#{i}") for i, p in enumerate(listed)]
+                values = dict(zip(keys, [p.data for p in listed], strict=True))
+                grads = dict(zip(keys, [p.grad for p in listed], strict=True))
+                grads, _ = run.update(grads, run.init(values), values)
+                _write_grads(listed, [grads[key] for key in keys])
             else:
                 run(listed)
     return listed
 
 
 def _hooks(hook: Iterable[Hook]) -> tuple[Hook, ...]:
-    hooks = tuple(hook) if isinstance(hook, Iterable) and not isinstance(hook, Rule) else (hook,)
-    for h in hooks:
-        if not isinstance(h, Rule) and not callable(h):
-            as_rule(h, "hook")
-    return hooks
+    if is_pair(hook) or not isinstance(hook, Iterable):
+        hook = [hook]  # type: ignore[list-item]
+    hooks = tuple(hook)
+    return tuple(as_rule(h, "hook") if is_pair(h) or is_constructor(h) or not callable(h) else h for h in hooks)
 
 
 def _write_grads(listed: Sequence[Parameter], grads: Sequence[Array | None]) -> None:
@@ -139,12 +150,11 @@ def _step(
     gradients = absent | dict(zip(program.present, grads, strict=True))
     extra = extra | dict(program.functions)
     entries = hyperparameter_entries(state["rule"])
-    scheduled = {}
-    for name, schedule in program.schedules:
-        entry = entries[name]
-        value = encode(entry.key, schedule(entry.family.state.count))
-        scheduled[entry.address] = jnp.asarray(value, entry.value.dtype)
-    rule_state = replace_hyperparameters(state["rule"], scheduled)
+    new_values = {
+        entries[name].address: scheduled(entries[name].key, schedule, entries[name].family.state.count)
+        for name, schedule in program.schedules
+    }
+    rule_state = replace_hyperparameters(state["rule"], new_values)
     hook_states = list(state["hook"])
     for i, hook in enumerate(program.hooks, program.first):
         gradients, hook_states[i] = hook.update(gradients, hook_states[i], values, **extra_for(hook, extra))
@@ -201,6 +211,8 @@ class Optimizer:
         self._keys: dict[Parameter | str, str] = {}  # what has state (for a pytree: its path) -> its key in the state
         self._structure: Structure | None = None  # of the model, where it is a pytree
         self._schedules: dict[str, Schedule] = {}  # assigned to fields
+        self._overruled: set[Address] = set()  # hyperparameters for which the rule has a schedule, and a field another
+        self._finish: Callable[[], bool] | None = None  # writes what the compiled step of a running update gave
         self._pending: dict[str, Any] | None = None  # what hooks assign to fields while an update runs
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._set_state(self._init({}))
@@ -214,7 +226,10 @@ class Optimizer:
 
     def _init(self, values: Mapping[str, Any]) -> dict[str, Any]:
         hooks = tuple(h.init(values) if isinstance(h, Rule) else () for h in self._hook)
-        return {"hook": hooks, "rule": self._rule.init(values)}
+        rule = self._rule.init(values)
+        scheduled = {entry.address: entry.value for entry in hyperparameter_entries(rule).values()}
+        plain = {address: scheduled[address].value for address in self._overruled}
+        return {"hook": hooks, "rule": replace_hyperparameters(rule, plain)}
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -254,8 +269,9 @@ class Optimizer:
         entry = self._fields[field]
         if isinstance(entry.value, Scheduled):
             return definition_of(self._rule).schedules[entry.address]
-        stored = np.asarray(self._leaves[entry.value])
-        return _shortest(1 - stored if entry.key.startswith(COMPLEMENT) else stored)
+        stored = str(np.asarray(self._leaves[entry.value]))
+        # In decimals 1 − 0.9 is 0.1, which it is not in float32.
+        return float(1 - Decimal(stored) if entry.key.startswith(COMPLEMENT) else stored)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
@@ -266,22 +282,28 @@ class Optimizer:
             raise AttributeError(
                 f"{type(self).__name__} has no field {name!r}; its fields are {', '.join(self._field_names())}, hook"
             )
-        check(self._fields[field].name, value)
+        entry = self._fields[field]
+        check(entry.name, value)
+        if callable(value):
+            scheduled(entry.key, cast(Schedule, value), self._count_of(field))
         if self._pending is not None:
             self._pending[field] = value
         else:
             self._assign(field, value)
 
+    def _count_of(self, field: str) -> Array:
+        return hyperparameter_entries(self._state["rule"])[field].family.state.count
+
     def _assign(self, field: str, value: Any) -> None:
         entry = self._fields[field]
         if callable(value):
             self._schedules[field] = cast(Schedule, value)
-            value = self._schedules[field](hyperparameter_entries(self._state["rule"])[field].family.state.count)
+            value = self._schedules[field](self._count_of(field))
             self._programs.clear()
         elif self._schedules.pop(field, None) is not None:
             self._programs.clear()
         if isinstance(entry.value, Scheduled):
-            # From here on the rule's own schedule is overruled by a plain value.
+            self._overruled.add(entry.address)
             state = self._state
             old = self._leaves[entry.value.value]
             state["rule"] = replace_hyperparameters(state["rule"], {entry.address: old})
@@ -319,6 +341,18 @@ class Optimizer:
         hook = f", hook={list(self._hook)!r}" if self._hook else ""
         return f"{type(self).__name__}({shown}{hook})"
 
+    def __copy__(self) -> "Optimizer":
+        """An optimizer in the same state, which goes on by itself."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._leaves = [trees.placed_like(jnp.array(leaf), leaf) for leaf in self._leaves]
+        other._keys, other._schedules, other._overruled = dict(self._keys), dict(self._schedules), set(self._overruled)
+        other._programs = {}
+        return other
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._field_names()]
+
     # Updates
 
     def update(self, model: Any, grads: Any = None, **extra: Any) -> Any:
@@ -336,19 +370,23 @@ class Optimizer:
         Raises:
           ValueError: a gradient has another shape than its parameter, or a pytree has another structure than before.
           TypeError: the model is neither; it is called on traced arrays; an extra argument is unknown.
-          When it raises, nothing has changed.
+          When it raises, nothing has changed. An interrupt that comes too late to undo the step completes it.
         """
         leaves, treedef, keys = self._leaves, self._treedef, len(self._keys)
         self._pending = {}
         try:
             new = self._update_parameters(model, extra) if grads is None else self._update_tree(model, grads, extra)
         except BaseException:
-            self._pending = None
+            finish, self._finish, self._pending = self._finish, None, None
+            # An interrupt behind the compiled step finds the old state donated: the step is completed.
+            if finish is not None and finish():
+                raise
             for key in list(self._keys)[keys:]:
                 del self._keys[key]
             if self._leaves is not leaves:
                 self._set_state(jax.tree.unflatten(treedef, leaves))
             raise
+        self._finish = None
         pending, self._pending = self._pending, None
         for field, value in pending.items():
             self._assign(field, value)
@@ -410,12 +448,15 @@ class Optimizer:
         self._welcome(listed, named)
         keys = tuple(map(self._keys.__getitem__, listed))
         datas, grads = [p.data for p in listed], [p.grad for p in listed]
-        new, hooked = self._call(first, keys, datas, grads, extra)
-        for parameter, data in zip(listed, new, strict=True):
-            parameter.data = data
-        if hooked is not None:
-            for parameter, grad in zip(listed, hooked, strict=True):
-                parameter.grad = grad
+
+        def write(new: list[Array], hooked: list[Array] | None) -> None:
+            for parameter, data in zip(listed, new, strict=True):
+                parameter.data = data
+            if hooked is not None:
+                for parameter, grad in zip(listed, hooked, strict=True):
+                    parameter.grad = grad
+
+        self._call(first, keys, datas, grads, extra, write)
 
     def _update_tree(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
         if not all(isinstance(hook, Rule) for hook in self._hook):
@@ -436,25 +477,31 @@ class Optimizer:
             everyone = dict(zip(trees.paths(model), leaves, strict=True))
             self._enlarge(newcomers, {key: everyone[key] for key in (*self._keys.values(), *newcomers.values())})
         keys = tuple(paths[k] for k in present)
-        new, _ = self._call(0, keys, [parts[k] for k in present], [gs[k] for k in present], extra)
-        self._structure = structure
-        for k, value in zip(present, new, strict=True):
-            parts[k] = value
+
+        def write(new: list[Array], hooked: list[Array] | None) -> None:
+            self._structure = structure
+            for k, value in zip(present, new, strict=True):
+                parts[k] = value
+
+        self._call(0, keys, [parts[k] for k in present], [gs[k] for k in present], extra, write)
         return jax.tree.unflatten(treedef, parts)
 
     def _call(
-        self, first: int, keys: tuple[str, ...], datas: list[Any], grads: list[Any], extra: Mapping[str, Any]
-    ) -> tuple[list[Array], list[Array] | None]:
-        """The compiled part of an update. The state has changed when it returns, and not when it raises."""
-        if any(isinstance(x, Tracer) for x in (*datas[:1], *grads[:1])):
-            raise TypeError(
-                f"{type(self).__name__}.update changes objects, which jax.jit cannot trace; "
-                "inside a compiled function, use the rule: params, state = rule.apply(grads, state, params)"
-            )
+        self,
+        first: int,
+        keys: tuple[str, ...],
+        datas: list[Any],
+        grads: list[Any],
+        extra: Mapping[str, Any],
+        write: Callable[[list[Array], list[Array] | None], None],
+    ) -> None:
+        """The compiled part of an update, and `write` for the new parameters and the hooked gradients."""
         if self._donate and len({*map(id, datas), *map(id, grads)}) < len(datas) + len(grads):
             self._raise_shared(keys, datas, grads)
         if extra:
             check_extra(repr(self), self._accepts, extra)
+            # What every rule ignores must not count: a new `value_fn` each time would compile each time.
+            extra = {k: value for k, value in extra.items() if self._accepts is None or k in self._accepts}
         functions = tuple((name, value) for name, value in extra.items() if callable(value))
         arrays = {name: value for name, value in extra.items() if not callable(value)}
         program = self._programs.get((first, keys, functions))
@@ -470,8 +517,25 @@ class Optimizer:
                 functions=functions,
             )
             self._programs[first, keys, functions] = program
-        self._leaves, new, hooked = _STEP[self._donate](program, self._leaves, datas, grads, arrays)
-        return new, hooked
+        results: list[Any] = []
+
+        def finish() -> bool:
+            if not results:
+                return False
+            self._leaves, new, hooked = results[0]
+            write(new, hooked)
+            return True
+
+        self._finish = finish
+        # No interrupt can fall between this call and its results being in the list: both happen outside of Python.
+        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, arrays)]))
+        if any(isinstance(x, Tracer) for x in (*results[0][0][:1], *results[0][1][:1])):
+            results.clear()
+            raise TypeError(
+                f"{type(self).__name__}.update changes objects, which jax.jit cannot trace; "
+                "inside a compiled function, use the rule: params, state = rule.apply(grads, state, params)"
+            )
+        finish()
 
     def _raise_shared(self, keys: Sequence[str], datas: Sequence[Any], grads: Sequence[Any]) -> None:
         seen: dict[int, str] = {}
@@ -488,7 +552,7 @@ class Optimizer:
 
     def _named(self, model: Any) -> dict[str, Parameter | str]:
         """What can have state in this model, by its name there."""
-        if isinstance(model, Model):
+        if is_model(model):
             return {name: parameter for parameter, name in named_parameters(model).items()}
         return {path: path for path in trees.paths(model)}
 
@@ -510,8 +574,8 @@ class Optimizer:
           ValueError: names are missing or unexpected, or a shape differs; then nothing has changed.
         """
         named = self._named(model)
-        self._check_kind(Parameter if isinstance(model, Model) else str)
-        arrays = named if isinstance(model, Model) else dict(zip(named, trees.flatten(model)[0], strict=True))
+        self._check_kind(Parameter if is_model(model) else str)
+        arrays = named if is_model(model) else dict(zip(named, trees.flatten(model)[0], strict=True))
         values = {name: x.data if isinstance(x, Parameter) else x for name, x in arrays.items()}
         complete = self._init(values)
         paths = [path for path, _ in tree_flatten_with_path(complete)[0]]
@@ -522,16 +586,21 @@ class Optimizer:
             if name in saved and isinstance(key, DictKey) and key.key in values
         )
         state = _loaded(self._init({name: values[name] for name in stateful}), saved)
+        for name, value in hyperparams(state).items():
+            check(name.rpartition(".")[2], value)
 
         mine = set(named.values())
-        keys: dict[Parameter | str, str] = {x: key for x, key in self._keys.items() if x not in mine}
-        for name in sorted(stateful):
-            keys[named[name]] = self._keys.get(named[name]) or _unused(name, set(keys.values()))
+        keys: dict[Parameter | str, str] = {
+            x: key for x, key in self._keys.items() if isinstance(x, Parameter) and x not in mine
+        }
+        keys |= {named[name]: self._keys[named[name]] for name in stateful if named[name] in self._keys}
+        for name in sorted(name for name in stateful if named[name] not in keys):
+            keys[named[name]] = _unused(name, set(keys.values()))
         state = _rekeyed(state, stateful, {name: keys[named[name]] for name in stateful})
         born = self._init({key: x.data if isinstance(x, Parameter) else values[x] for x, key in keys.items()})
         born = _carried_over(state, _carried_over(self._state, born))
         self._keys = keys
-        self._structure = None if isinstance(model, Model) else trees.flatten(model)[1]
+        self._structure = None if is_model(model) else trees.flatten(model)[1]
         self._set_state(born)
 
 
@@ -578,6 +647,11 @@ def _loaded(state: Any, saved: Mapping[str, Any]) -> Any:
         f"{name} has shape {np.shape(saved[name])}, not {leaf.shape}"
         for name, leaf in zip(names, leaves, strict=True)
         if name in saved and np.shape(saved[name]) != leaf.shape
+    ]
+    problems += [
+        f"{name} is of type {np.asarray(saved[name]).dtype}, not {leaf.dtype}"
+        for name, leaf in zip(names, leaves, strict=True)
+        if name in saved and not np.can_cast(np.asarray(saved[name]).dtype, leaf.dtype, "same_kind")
     ]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -681,6 +755,7 @@ class AdamW(Optimizer):
                 settings["alpha"],
                 settings["beta1"],
                 settings["beta2"],
+                source.eps,
                 weight_decay=weight_decay,
                 bias_correction="step",
             ),

@@ -362,6 +362,32 @@ def test_a_model_is_not_kept_alive_by_a_closure_or_a_method():
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_methods_of_objects_that_come_and_go():
+    """The id of one that is gone may be that of the next."""
+
+    class Loss:
+        def __init__(self, target):
+            self.target = target
+
+        def mean(self, model):
+            return jnp.sum((model.a.data - self.target) * model.b.data)
+
+    model = Pair()
+    values = []
+    for target in (1.0, 2.0, 3.0):
+        values.append(float(jr.backward(Loss(target).mean, model)))
+    np.testing.assert_allclose(values, [32 - 15, 32 - 30, 32 - 45])
+
+
+def test_a_complex_loss_goes_down():
+    model = Pair(a=(3 + 4j,), b=(1.0,))
+    for _ in range(5):
+        jr.cleargrads(model)
+        jr.backward(lambda model: jnp.sum(jnp.abs(model.a.data) ** 2), model)
+        jr.SGD(0.1).update(model)
+    np.testing.assert_allclose(model.a.data, (3 + 4j) * 0.8**5, rtol=1e-5)
+
+
 def test_a_method_is_traced_once():
     class Counting(Pair):
         traces = 0

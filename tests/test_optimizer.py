@@ -1,5 +1,7 @@
 """The mutating layer beyond the golden numbers: fields, hooks, state, pytrees, donation, errors."""
 
+import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -165,6 +167,75 @@ def test_adamw_takes_the_schedule_of_an_adam_over():
         np.testing.assert_allclose(opt.hyperparams["learning_rate"], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.1, jr.Constant(0.1)])
+def test_a_replaced_schedule_does_not_come_back_with_newcomers_or_checkpoints(value):
+    opt, one = jr.SGD(jr.Constant(0.5)), Bag({"a": jr.Parameter([0.0], [1.0]), "b": jr.Parameter([0.0])})
+    opt.learning_rate = value
+    opt.update(one)
+    one.params()["b"].grad = jnp.ones(1)
+    opt.update(one)
+    saved = opt.state_dict(one)
+    opt.load_state_dict(one, saved)
+    opt.update(one)
+    np.testing.assert_allclose(one.params()["a"].data, -0.3, rtol=1e-6)
+    np.testing.assert_allclose(one.params()["b"].data, -0.2, rtol=1e-6)
+    fresh = jr.SGD(jr.Constant(0.5))
+    fresh.load_state_dict(one, saved)
+    fresh.update(one)
+    np.testing.assert_allclose(one.params()["a"].data, -0.8, rtol=1e-6)
+
+
+def test_a_schedule_is_tried_when_it_is_assigned():
+    opt = jr.SGD(0.1)
+    for schedule, error in ((lambda count: count.missing, AttributeError), (lambda count: jnp.ones(2), ValueError)):
+        with pytest.raises(error):
+            opt.learning_rate = schedule
+        assert opt.learning_rate == 0.1
+
+
+def test_an_assignment_compiles_nothing():
+    opt, one = jr.Adam(0.1), model(w=(2,))
+    fill(one)
+    opt.update(one)
+    fill(one)
+    size = stateful._STEP[False]._cache_size()
+    for value in (0.2, 0.3):
+        opt.alpha = value
+        opt.update(one)
+    opt.load_state_dict(one, opt.state_dict(one))
+    opt.update(one)
+    assert stateful._STEP[False]._cache_size() == size
+
+
+def test_a_function_that_every_rule_ignores_compiles_nothing():
+    opt, one = jr.Adam(0.1), model(w=(2,))
+    fill(one)
+    opt.update(one, value_fn=lambda x: x)
+    size = stateful._STEP[False]._cache_size()
+    opt.update(one, value_fn=lambda x: x)
+    assert stateful._STEP[False]._cache_size() == size
+
+
+def test_complements_read_back_in_decimals():
+    assert jr.Adam(beta1=0.1, beta2=0.99999).beta1 == 0.1
+    assert "alpha" in dir(jr.Adam())
+    source = jr.Adam()
+    source.eps = 1e-4
+    assert jr.AdamW(source).eps == 1e-4
+
+
+def test_a_copy_goes_on_by_itself():
+    opt, one = jr.Adam(0.1), model(w=(2,))
+    fill(one)
+    opt.update(one)
+    other = copy.copy(opt)
+    other.alpha = 0.5
+    assert opt.alpha == 0.1
+    other.update(one)
+    opt.update(one)
+    assert opt.state_dict(one)["rule.adam.count"] == other.state_dict(one)["rule.adam.count"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
@@ -276,6 +347,54 @@ def test_a_hook_cannot_be_an_optimizer():
         jr.Adam(hook=[jr.sgd(0.1)])
 
 
+class Pair(NamedTuple):
+    """What Optax calls a gradient transformation."""
+
+    init: Callable
+    update: Callable
+
+
+def test_a_pair_from_elsewhere_is_a_hook():
+    double = Pair(lambda params: (), lambda grads, state, params=None: (jax.tree.map(lambda g: 2 * g, grads), state))
+    for hook in (double, [double]):
+        one = Bag({"w": jr.Parameter([0.0], [1.0])})
+        jr.SGD(0.1, hook=hook).update(one)
+        np.testing.assert_allclose(one.params()["w"].data, -0.2, rtol=1e-6)
+    with pytest.raises(TypeError, match=r"was it meant to be called, as in clip_by_global_norm\(...\)"):
+        jr.SGD(0.1, hook=[jr.clip_grad])
+
+
+class InterruptedOnce(jr.Parameter):
+    """Its first new data meet an interrupt."""
+
+    __slots__ = ("armed", "value")
+
+    @property
+    def data(self):
+        return self.value
+
+    @data.setter
+    def data(self, data):
+        if getattr(self, "armed", False):
+            self.armed = False
+            raise KeyboardInterrupt
+        self.value = data
+
+
+@pytest.mark.parametrize("hook", [[], [lambda listed: None]], ids=["fused", "python"])
+def test_an_interrupt_behind_the_compiled_step_completes_it(hook):
+    one = Bag({"a": jr.Parameter([0.0], [1.0]), "b": InterruptedOnce([0.0], [1.0])})
+    opt = jr.Momentum(0.1, hook=hook)
+    opt.update(one)
+    one.params()["b"].armed = True
+    with pytest.raises(KeyboardInterrupt):
+        opt.update(one)
+    opt.update(one)
+    for parameter in one.params().values():
+        np.testing.assert_allclose(parameter.data, -0.1 - 0.19 - 0.271, rtol=1e-5)
+    assert opt.state_dict(one)["rule.momentum.count"] == 3
+
+
 def test_a_hook_that_raises_changes_nothing():
     one = model(a=(2,), b=(3,))
     fill(one)
@@ -334,6 +453,17 @@ def test_inside_jit_it_says_what_to_use():
 
     with pytest.raises(TypeError, match=r"use the rule: params, state = rule\.apply"):
         jax.jit(step)(jnp.ones(2))
+
+    opt, one = jr.Adam(), Bag({"w": jr.Parameter([1.0], [1.0])})
+
+    def concrete(x):
+        opt.update(one)
+        return x
+
+    with pytest.raises(TypeError, match=r"use the rule: params, state = rule\.apply"):
+        jax.jit(concrete)(jnp.ones(2))
+    opt.update(one)
+    np.testing.assert_allclose(one.params()["w"].data, 0.999, rtol=1e-6)
 
 
 # State
@@ -436,6 +566,8 @@ def test_a_parameter_without_state_has_none_after_loading():
         (lambda d: d.pop("rule.adam.m.a"), "rule.adam.m.a is missing"),
         (lambda d: d.pop("rule.adam.count"), "rule.adam.count is missing"),
         (lambda d: d.update(x=np.ones(1)), "x is unexpected"),
+        (lambda d: d.update({"rule.adam.count": np.array(2.7)}), "rule.adam.count is of type float64, not int32"),
+        (lambda d: d.update({"rule.step.hyper.learning_rate": np.array(-3.0)}), "learning_rate must be at least 0"),
         (lambda d: d.update({"rule.adam.m.a": np.ones(5)}), r"rule.adam.m.a has shape \(5,\), not \(2,\)"),
     ],
 )
@@ -449,6 +581,37 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(one, saved)
     chex.assert_trees_all_equal(opt.state_dict(one), before)
+
+
+def test_loading_keeps_parameters_of_one_name_apart():
+    p, q = jr.Parameter([0.0], [1.0]), jr.Parameter([0.0], [2.0])
+    opt, second = jr.Momentum(0.1), Bag({"a": q, "b": p})
+    opt.update(Bag({"a": p}))
+    opt.update(second)
+    opt.load_state_dict(second, opt.state_dict(second))
+    opt.update(second)
+    np.testing.assert_allclose(p.data, -0.1 - 0.19 - 0.271, rtol=1e-5)
+    np.testing.assert_allclose(q.data, -0.2 - 0.38, rtol=1e-5)
+
+
+def test_a_parameter_that_has_another_shape_now():
+    opt, one = jr.Adam(), Bag({"w": jr.Parameter([1.0], [1.0])})
+    opt.update(one)
+    one.params()["w"].data = one.params()["w"].grad = jnp.ones(4)
+    with pytest.raises(ValueError, match=r"the gradient at 'w' has shape \(4,\), the state's m has shape \(1,\)"):
+        opt.update(one)
+
+
+def test_parameters_on_a_second_device():
+    device = jax.devices()[1]
+    one = Bag({"w": jr.Parameter(jax.device_put(jnp.ones(2), device))})
+    one.params()["w"].grad = one.params()["w"].data
+    opt = jr.Adam()
+    opt.alpha = 0.1
+    opt.update(one)
+    opt.load_state_dict(one, opt.state_dict(one))
+    opt.update(one)
+    assert one.params()["w"].data.devices() == {device}
 
 
 def test_parameters_on_a_mesh_take_the_scalars_along():
