@@ -8,7 +8,7 @@ of them compute in the widest float that is enabled. Where a schedule runs `step
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ class _Printed:
 
     def __repr__(self) -> str:
         shown = []
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(cast(Any, self)):
             value = getattr(self, field.name)
             if field.default is MISSING:
                 shown.append(repr(value))

@@ -78,10 +78,8 @@ def params(model: Model, hook: Iterable[Hook] = ()) -> list[Parameter]:
 
 
 def _hooks(hook: Iterable[Hook]) -> tuple[Hook, ...]:
-    if is_pair(hook) or not isinstance(hook, Iterable):
-        hook = [hook]  # type: ignore[list-item]
-    hooks = tuple(hook)
-    return tuple(as_rule(h, "hook") if is_pair(h) or is_constructor(h) or not callable(h) else h for h in hooks)
+    members: Iterable[Any] = hook if isinstance(hook, Iterable) and not is_pair(hook) else [hook]
+    return tuple(as_rule(h, "hook") if is_pair(h) or is_constructor(h) or not callable(h) else h for h in members)
 
 
 def _write_grads(listed: Sequence[Parameter], grads: Sequence[Array | None]) -> None:

@@ -522,7 +522,10 @@ def test_state_dict_round_trip():
 
     rng = np.random.default_rng(3)
     start = {name: rng.normal(size=shape) for name, shape in {"a": (2, 2), "b": (3,)}.items()}
-    make = lambda: Bag({name: jr.Parameter(value) for name, value in start.items()})  # noqa: E731
+
+    def make():
+        return Bag({name: jr.Parameter(value) for name, value in start.items()})
+
     straight, broken, resumed = make(), make(), make()
     hook = [jr.clip_grad(1.0), jr.momentum_direction(0.5)]
     whole = jr.AdamW(alpha=0.1, hook=hook)

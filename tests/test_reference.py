@@ -31,7 +31,10 @@ def test_matches_the_paper(row, dtype, tolerance):
     rule, reference = row.make(), row.reference()
     next(reference)
     exact, grads = sequence(seed=len(row.name))
-    cast = lambda tree: {key: jnp.asarray(x, dtype) for key, x in tree.items()}  # noqa: E731
+
+    def cast(tree):
+        return {key: jnp.asarray(x, dtype) for key, x in tree.items()}
+
     state = rule.init(cast(exact))
     update = jax.jit(rule.update)
     # Where signs cancel, what is left of a sum keeps the rounding errors of its terms: errors are measured by the
