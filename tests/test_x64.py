@@ -9,7 +9,10 @@ import pytest
 
 
 def test_64_bit_process():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # The options of PYTEST_ADDOPTS hold for both processes; what pytest tells its workers is not for another pytest.
+    environment = {
+        name: value for name, value in os.environ.items() if name == "PYTEST_ADDOPTS" or not name.startswith("PYTEST_")
+    }
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "x64 and not oracle", str(Path(__file__).parent)],
         env=environment | {"JAX_ENABLE_X64": "1"},
