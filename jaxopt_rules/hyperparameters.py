@@ -32,15 +32,29 @@ class _Domain(NamedTuple):
 
 
 _NOT_NEGATIVE = _Domain(lambda x: x >= 0, "must be at least 0")
+_POSITIVE = _Domain(lambda x: x > 0, "must be greater than 0")
 _DECAY_RATE = _Domain(lambda x: (x >= 0) & (x < 1), "must lie in [0, 1)")
+_COUNT = _Domain(lambda x: (x >= 1) & (x == np.floor(x)), "must be a whole number, at least 1")
 _ANY = _Domain(lambda x: ~np.isnan(x), "must be a number")
 
 _DOMAINS = {
     "learning_rate": _NOT_NEGATIVE,
     "max_norm": _NOT_NEGATIVE,
     "eps": _NOT_NEGATIVE,
+    "every": _COUNT,
+    "sigmas": _NOT_NEGATIVE,
     "b1": _DECAY_RATE,
     "b2": _DECAY_RATE,
+    "decay": _DECAY_RATE,
+    "layer_decay": _NOT_NEGATIVE,
+    "max_value": _NOT_NEGATIVE,
+    "max_ratio": _NOT_NEGATIVE,
+    "min_norm": _NOT_NEGATIVE,
+    "min_rms": _NOT_NEGATIVE,
+    "threshold": _NOT_NEGATIVE,
+    "clipping": _NOT_NEGATIVE,
+    "eta": _NOT_NEGATIVE,
+    "peak": _POSITIVE,
 }
 
 

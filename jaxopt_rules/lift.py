@@ -10,19 +10,22 @@ parameter), `count` finished updates (0 at birth; schedules see it), `t = count 
 
 import functools
 import inspect
+import itertools
 import weakref
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxopt_rules import trees
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
 from jaxopt_rules.numerics import is_inexact, real, widened
-from jaxopt_rules.rule import Definition, constructor
+from jaxopt_rules.rule import Definition, Place, Share, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector, check_selector, select
 from jaxopt_rules.trees import Structure
@@ -38,10 +41,35 @@ def real_zeros(p: Any) -> Array:
     return jnp.zeros_like(p, dtype=real(widened(p.dtype)))
 
 
+def copied(p: Any) -> Array:
+    """The birth of a slot that begins as a copy of the parameter, in float32 or wider."""
+    wide = widened(p.dtype)
+    return jnp.zeros_like(p, dtype=wide) if isinstance(p, jax.ShapeDtypeStruct) else jnp.array(p, wide)
+
+
+def _born_shared(value: Any) -> Array:
+    """What belongs to the rule as a whole, strong-typed: 32-bit integers, and floats in the widest type enabled."""
+    kinds = {"f": jnp.result_type(float), "i": jnp.int32, "u": jnp.int32, "b": jnp.bool_}
+    return jnp.array(value, kinds[np.asarray(value).dtype.kind])
+
+
+def _prng_key(key: Any) -> Array:
+    """A typed PRNG key of its own from a seed or a typed key.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return jax.random.key(key)
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    raise TypeError(f"a key is a seed (an integer) or a typed key, jax.random.key(0), not {key!r}")
+
+
 def _born(birth: Callable[[Any], Any], p: Any) -> Any:
     slot = birth(p)
     # A birth of its own may hand out the parameter's buffer, as `astype` does where it has nothing to do.
-    return slot if birth in (zeros, real_zeros) else jax.tree.map(jnp.array, slot)
+    return slot if birth in (zeros, real_zeros, copied) else jax.tree.map(jnp.array, slot)
 
 
 class _Leaves(NamedTuple):
@@ -56,26 +84,11 @@ class _Leaves(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Lift(Definition):
-    """The front half that both lifts share: clock, hyperparameters, schedules, and what is absent."""
+class Clocked(Definition):
+    """What has a state with `count` and `hyper` as its first fields: the clock and the hyperparameters."""
 
-    function: Callable[..., Any]
     State: type
     hyper: Mapping[str, Any]  # by the name in the state: a number or a schedule
-    births: Mapping[str, Callable[[Any], Any]]  # by slot, in the order of the state's fields
-    where: Mapping[str, Selector | None]
-    metrics: tuple[str, ...]
-    wants: frozenset[str]  # the keyword-only arguments of `function`
-    ends: bool  # the chain
-    extra: frozenset[str]
-
-    @property
-    def terminal(self) -> bool:
-        return self.ends
-
-    @property
-    def accepts(self) -> frozenset[str]:
-        return self.extra
 
     @property
     def name(self) -> str:
@@ -85,31 +98,12 @@ class _Lift(Definition):
     def schedules(self) -> dict[Address, Schedule]:
         return {((), name): cast(Schedule, value) for name, value in self.hyper.items() if callable(value)}
 
-    @property
-    def remembers(self) -> bool:
-        return bool(self.births) or "t" in self.wants or any(map(callable, self.hyper.values()))
+    def check_state(self, state: Any) -> None:
+        """Refuses a state of another rule.
 
-    def init(self, params: Any) -> Any:
-        leaves, treedef = trees.flatten(params)
-        home = trees.scalar_home(leaves)
-        count = jnp.zeros((), jnp.int32)
-        hyper = {name: self._birth(name, value, count) for name, value in self.hyper.items()}
-        metrics = {name: jnp.zeros((), jnp.result_type(float)) for name in self.metrics}
-        scalars = {"count": count, "hyper": hyper} | ({"metrics": metrics} if metrics else {})
-        if home is not None:
-            scalars = jax.device_put(scalars, home)
-        slots = {
-            slot: jax.tree.unflatten(treedef, [_born(birth, p) if is_inexact(p) else None for p in leaves])
-            for slot, birth in self.births.items()
-        }
-        return self.State(**scalars, **slots)
-
-    def _birth(self, name: str, value: Any, count: Array) -> Any:
-        if callable(value):
-            return Scheduled(scheduled(name, cast(Schedule, value), count))
-        return jnp.array(encode(name, value), jnp.result_type(float))
-
-    def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
+        Raises:
+          TypeError: it is of another type, or has other hyperparameters.
+        """
         if not isinstance(state, self.State):
             raise TypeError(
                 f"{self.name}: update got a state of type {type(state).__name__}, not {self.State.__name__}; "
@@ -120,6 +114,89 @@ class _Lift(Definition):
                 f"{self.name}: the state has the hyperparameters {', '.join(sorted(state.hyper))}, the rule has "
                 f"{', '.join(sorted(self.hyper))}; was the state made by the init of another rule?"
             )
+
+    def born(self, **shared: Any) -> dict[str, Any]:
+        """The newborn count and hyperparameters, and what else belongs to the rule as a whole."""
+        count = jnp.zeros((), jnp.int32)
+        hyper = {name: self._birth(name, value, count) for name, value in self.hyper.items()}
+        return {"count": count, "hyper": hyper} | shared
+
+    def _birth(self, name: str, value: Any, count: Array) -> Any:
+        if callable(value):
+            return Scheduled(scheduled(name, cast(Schedule, value), count))
+        return jnp.array(encode(name, value), jnp.result_type(float))
+
+    def values(self, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The hyperparameters that hold for the next update, by name, and in the form that the state stores."""
+        values, stored = {}, {}
+        for name, source in self.hyper.items():
+            entry = state.hyper[name]
+            # The state decides: a plain value in place of a `Scheduled` mark overrules the rule's schedule.
+            if isinstance(entry, Scheduled):
+                if not callable(source):
+                    raise TypeError(f"{self.name}: a schedule owns {name} in the state, and this rule has none for it")
+                values[name] = scheduled(name, cast(Schedule, source), state.count).astype(entry.value.dtype)
+                stored[name] = Scheduled(values[name])
+            else:
+                values[name] = stored[name] = entry
+        return values, stored
+
+
+def advanced(count: Array) -> Array:
+    """count + 1, but never beyond the largest integer."""
+    return jnp.where(count == jnp.iinfo(jnp.int32).max, count, count + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Lift(Clocked):
+    """The front half that both lifts share: clock, hyperparameters, schedules, and what is absent."""
+
+    function: Callable[..., Any]
+    births: Mapping[str, Callable[[Any], Any]]  # by slot, in the order of the state's fields
+    shared: Mapping[str, Any]  # by field of the state: the first value of what belongs to no parameter
+    key: Any
+    where: Mapping[str, Selector | None]
+    given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]]
+    metrics: tuple[str, ...]
+    wants: frozenset[str]  # the keyword-only arguments of `function`
+    stands: Place
+    ordered: bool
+    extra: frozenset[str]
+
+    @property
+    def place(self) -> Place:
+        return self.stands
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        return self.extra
+
+    @property
+    def remembers(self) -> bool:
+        memory = self.births or self.shared or self.wants & {"t", "key"}
+        return bool(memory) or any(map(callable, self.hyper.values()))
+
+    def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
+        if "weight_decay" not in self.hyper:
+            return super().shares(paths, leaves)
+        decay = self.hyper["weight_decay"]
+        text = f"{decay if callable(decay) else float(decay):} ({self.name})"
+        hits = select(self.where.get("weight_decay"), paths, leaves)
+        return [Share(decay=(text,) if hit and is_inexact(p) else ()) for hit, p in zip(hits, leaves, strict=True)]
+
+    def init(self, params: Any) -> Any:
+        leaves, treedef = trees.flatten(params)
+        whole = {field: _born_shared(value) for field, value in self.shared.items()}
+        whole |= {"key": _prng_key(self.key)} if "key" in self.wants else {}
+        whole |= {"metrics": {name: _born_shared(0.0) for name in self.metrics}} if self.metrics else {}
+        slots = {
+            slot: jax.tree.unflatten(treedef, [_born(birth, p) if is_inexact(p) else None for p in leaves])
+            for slot, birth in self.births.items()
+        }
+        return self.State(**trees.placed_with(leaves, self.born(**whole)), **slots)
+
+    def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
+        self.check_state(state)
         if params is None and "p" in self.wants:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         gs, treedef = trees.flatten(grads)
@@ -129,8 +206,14 @@ class _Lift(Definition):
         present = [is_inexact(g) and (params is None or is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
         for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
             trees.check_gradient(lambda k=k: paths()[k], g, p)
+            if self.ordered and present[k] and jnp.iscomplexobj(g):
+                raise TypeError(
+                    f"{self.name} compares numbers, which complex ones do not allow: {trees.quoted(paths()[k])} is "
+                    f"{g.dtype}; train its real and imaginary part, or leave it to another rule (partition)"
+                )
             for (slot, birth), values in zip(self.births.items(), slots, strict=True):
-                if present[k] and values[k] is not None and birth in (zeros, real_zeros) and values[k].shape != g.shape:
+                alike = birth in (zeros, real_zeros, copied)
+                if present[k] and values[k] is not None and alike and values[k].shape != g.shape:
                     raise ValueError(
                         f"{self.name}: the gradient at {trees.quoted(paths()[k])} has shape {g.shape}, "
                         f"the state's {slot} has shape {values[k].shape}"
@@ -143,21 +226,16 @@ class _Lift(Definition):
         return _Leaves(treedef, gs, ps, slots, present, paths)
 
     def _advance(self, state: Any) -> tuple[Array, dict[str, Any], dict[str, Any]]:
-        """The next count; t and the hyperparameters by the names that the function asks for; what is stored."""
-        count = jnp.where(state.count == jnp.iinfo(jnp.int32).max, state.count, state.count + 1)
-        values: dict[str, Any] = {"t": count.astype(jnp.result_type(float))} if "t" in self.wants else {}
-        stored = {}
-        for name, source in self.hyper.items():
-            entry = state.hyper[name]
-            # The state decides: a plain value in place of a `Scheduled` mark overrules the rule's schedule.
-            if isinstance(entry, Scheduled):
-                if not callable(source):
-                    raise TypeError(f"{self.name}: a schedule owns {name} in the state, and this rule has none for it")
-                values[name] = scheduled(name, cast(Schedule, source), state.count).astype(entry.value.dtype)
-                stored[name] = Scheduled(values[name])
-            else:
-                values[name] = stored[name] = entry
+        """The next count; what the function asks for of the rule as a whole; the hyperparameters to be stored."""
+        count = advanced(state.count)
+        values, stored = self.values(state)
+        values |= {"t": count.astype(jnp.result_type(float))} if "t" in self.wants else {}
+        values |= {"key": jax.random.fold_in(state.key, state.count)} if "key" in self.wants else {}
         return count, values, stored
+
+    def _kept(self, state: Any) -> dict[str, Any]:
+        """Fields of the state that no update changes."""
+        return {"key": state.key} if "key" in self.wants else {}
 
     def _extra(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         if missing := sorted(self.extra - extra.keys()):
@@ -165,30 +243,42 @@ class _Lift(Definition):
         return {name: extra[name] for name in self.extra}
 
 
-class _Leafwise(_Lift):
+class Leafwise(Lift):
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         at = self._begin(grads, state, params)
-        count, scalars, hyper = self._advance(state)
-        scalars |= self._extra(extra)
+        count, whole, hyper = self._advance(state)
+        whole |= self._extra(extra)
         like = at.gs if params is None else at.ps
-        chosen = {name: self._selected(selector, grads, params) for name, selector in self.where.items()}
+        own = self._per_leaf(at, grads if params is None else params)
         outs: list[Any] = [None] * len(at.gs)
         slots = [list(column) for column in at.slots]
         for k in (k for k, present in enumerate(at.present) if present):
-            mine = scalars | {name: None for name, paths in chosen.items() if at.paths()[k] not in paths}
+            mine = whole | own(k)
             mine |= {"p": at.ps[k]} if "p" in self.wants else {}
+            if "key" in self.wants:
+                # By path, so that a leaf's noise does not depend on what other leaves there are.
+                mine["key"] = jax.random.fold_in(whole["key"], zlib.crc32(at.paths()[k].encode()))
             outs[k], new = _on_leaf(self.function, at.gs[k], [column[k] for column in slots], mine, like[k].dtype)
             for column, value in zip(slots, new, strict=True):
                 column[k] = value
         grown = {slot: jax.tree.unflatten(at.treedef, column) for slot, column in zip(self.births, slots, strict=True)}
-        return jax.tree.unflatten(at.treedef, outs), self.State(count=count, hyper=hyper, **grown)
+        new_state = self.State(count=count, hyper=hyper, **self._kept(state), **grown)
+        return jax.tree.unflatten(at.treedef, outs), new_state
 
-    def _selected(self, selector: Selector | None, grads: Any, params: Any) -> set[str]:
-        """Paths of the whole model, also of that part for which `None` stands among the gradients."""
-        model = grads if params is None else params
-        paths = trees.paths(model)
-        hits = select(selector, paths, trees.flatten(model)[0])
-        return {path for path, hit in zip(paths, hits, strict=True) if hit}
+    def _per_leaf(self, at: _Leaves, model: Any) -> Callable[[int], dict[str, Any]]:
+        """For leaf k, what it is `given`, and `None` for those hyperparameters that `where` does not grant it."""
+        if not (self.where or self.given):
+            return lambda k: {}
+        # The whole model decides, also that part of it for which one `None` stands among the gradients.
+        paths, leaves = trees.paths(model), trees.flatten(model)[0]
+        denied = {name: [not hit for hit in select(by, paths, leaves)] for name, by in self.where.items()}
+        given = {name: function(paths, leaves) for name, function in self.given.items()}
+        parts = at.treedef.flatten_up_to(model)
+        offset = [0, *itertools.accumulate(len(trees.flatten(part)[0]) for part in parts)]
+        return lambda k: (
+            {name: values[offset[k]] for name, values in given.items()}
+            | {name: None for name, values in denied.items() if values[offset[k]]}
+        )
 
 
 def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[str, Any], dtype: Any) -> Any:
@@ -218,8 +308,9 @@ def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Ca
     scalar = real(wide)
 
     def call(g: Array, slots: list[Any], keywords: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
+        dtypes = dict.fromkeys(keywords, scalar) | {"p": wide}
         cast_keywords = {
-            key: None if value is None else jnp.asarray(value).astype(wide if key == "p" else scalar)
+            key: value if value is None or key == "key" else jnp.asarray(value).astype(dtypes[key])
             for key, value in keywords.items()
         }
         result = leaf_ref()(g.astype(wide), *slots, **cast_keywords)
@@ -255,7 +346,7 @@ def _as_before(name: str, slot: Any, before: Any) -> Any:
     return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), slot, before)
 
 
-class _Treewise(_Lift):
+class Treewise(Lift):
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         at = self._begin(grads, state, params)
         count, keywords, hyper = self._advance(state)
@@ -269,18 +360,23 @@ class _Treewise(_Lift):
             keywords["p"] = present_only(at.ps)
         # Extra arguments may be functions, which nothing compiled can take.
         function = self.function if self.extra else _compiled_tree(self.function)
-        result = function(present_only(at.gs), *map(present_only, at.slots), **keywords)
-        parts = list(result) if self.births or self.metrics else [result]
-        fields: dict[str, Any] = {}
-        if self.births:
-            for slot, old, new in zip(self.births, at.slots, parts[1], strict=True):
-                column = [
-                    jax.tree.map(lambda x, before: jnp.asarray(x, before.dtype), value, before) if present else before
-                    for present, before, value in zip(
-                        at.present, old, trees.align(at.treedef, new, f"{self.name}: the new {slot}"), strict=True
-                    )
-                ]
-                fields[slot] = jax.tree.unflatten(at.treedef, column)
+        slots = dict(zip(self.births, at.slots, strict=True))
+        memory = [name for name in self.State._fields if name in slots or name in self.shared]
+        old = [present_only(slots[name]) if name in slots else getattr(state, name) for name in memory]
+        result = function(present_only(at.gs), *old, **keywords)
+        parts = list(result) if memory or self.metrics else [result]
+        fields = self._kept(state)
+        for name, new in zip(memory, parts[1] if memory else (), strict=True):
+            if name in self.shared:
+                fields[name] = _as_before(f"{self.name}: {name}", new, getattr(state, name))
+                continue
+            column = [
+                _as_before(f"{self.name}: {name}", value, before) if present else before
+                for present, before, value in zip(
+                    at.present, slots[name], trees.align(at.treedef, new, f"{self.name}: the new {name}"), strict=True
+                )
+            ]
+            fields[name] = jax.tree.unflatten(at.treedef, column)
         if self.metrics:
             recorded = parts[-1]
             fields["metrics"] = {name: jnp.asarray(recorded[name], state.metrics[name].dtype) for name in self.metrics}
@@ -302,8 +398,11 @@ def leafwise(
     *,
     slots: Mapping[str, Callable[[Any], Any]] | None = None,
     where: Mapping[str, Selector | None] | None = None,
+    given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
+    key: Any = None,
     extra: Sequence[str] = (),
-    terminal: bool = False,
+    place: Place = "front",
+    ordered: bool = False,
     **hyper: Any,
 ) -> Definition:
     """Lifts a formula on one array to a rule on pytrees.
@@ -318,20 +417,38 @@ def leafwise(
       leaf: `leaf(g, *slots, *, **keywords)`. It is called with arrays of one shape in slot precision (float32 or
         wider) and returns the result and a tuple of the new slots; without slots, the result alone. Its positional
         arguments after the first are the slots, in the order of the state's fields. Its keyword-only arguments are all
-        that it may read: hyperparameters, `t` (number of this update, from 1), `p` (the parameter) and extra
-        arguments. Where it asks for `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1.
-      State: a NamedTuple with the fields `count`, `hyper` and then the slots.
+        that it may read: hyperparameters, `t` (number of this update, from 1), `p` (the parameter), `key` (random,
+        another one in each update and for each path), what it is `given`, and extra arguments. Where it asks for
+        `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1.
+      State: a NamedTuple with the fields `count`, `hyper`, `key` if the leaf function asks for one, and the slots.
       slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`.
       where: for a hyperparameter, the leaves that it applies to; elsewhere the leaf function receives `None` for it.
+      given: for a keyword, a function of all paths and leaves that returns a number (or `None`) for each of them.
+      key: a seed, or a typed PRNG key (`jax.random.key`); it stays in the state as it is.
       extra: names of extra arguments of `update` that the leaf function asks for.
-      terminal: whether the result is an update, with sign and learning rate applied, and not a direction.
+      place: where in a chain the rule stands: in "front" of the member that makes updates, as hooks and directions do;
+        at the "end", as that member, whose result has sign and learning rate applied; "behind" it, as a rule on
+        updates; or "anywhere".
+      ordered: whether the formula compares numbers, so that complex arrays are refused.
       **hyper: the hyperparameters, each a number or a schedule.
 
     Raises:
       TypeError: the signature of `leaf` does not fit the slots and the hyperparameters, or a value is not numeric.
       ValueError: a hyperparameter is outside its domain.
     """
-    return _lift(_Leafwise, leaf, State, slots, where, extra, terminal, hyper)
+    return lift(
+        Leafwise,
+        leaf,
+        State,
+        hyper,
+        births=slots,
+        where=where,
+        given=given,
+        key=key,
+        extra=extra,
+        place=place,
+        ordered=ordered,
+    )
 
 
 @constructor
@@ -340,65 +457,94 @@ def treewise(
     State: type,
     *,
     slots: Mapping[str, Callable[[Any], Any]] | None = None,
+    shared: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = (),
+    key: Any = None,
     extra: Sequence[str] = (),
-    terminal: bool = False,
+    place: Place = "front",
+    ordered: bool = False,
     **hyper: Any,
 ) -> Definition:
     """Lifts a formula that looks across the arrays of a tree to a rule.
 
     `function` is called like a leaf function, with trees in place of arrays; in them, what is absent is `None`, so
     that `jax.tree.map` passes over it. Gradients and parameters come in their own precision: widen them (see
-    `numerics.scale`) before computing. It returns the result, then a tuple of the new slots if it has slots, then a
+    `numerics.scale`) before computing. It returns the result, then a tuple of the new memory if it has some, then a
     dict of recorded values if it has `metrics`.
 
     Args:
-      function: `function(grads, *slots, *, **keywords)`.
-      State: a NamedTuple with the fields `count`, `hyper`, the slots, and `metrics` if values are recorded.
-      slots, extra, terminal, **hyper: as in `leafwise`.
+      function: `function(grads, *memory, *, **keywords)`.
+      State: a NamedTuple with the fields `count`, `hyper`, `key` if the function asks for one, the memory (slots and
+        what is shared), and `metrics` if values are recorded.
+      slots, key, extra, place, ordered, **hyper: as in `leafwise`.
+      shared: of the memory, what belongs to no parameter: a number or an array to begin with, by field of the state.
       metrics: the names of the recorded values, scalars that `metrics(state)` collects.
 
     Raises:
       TypeError, ValueError: as `leafwise`.
     """
-    return _lift(_Treewise, function, State, slots, None, extra, terminal, hyper, tuple(metrics))
+    return lift(
+        Treewise,
+        function,
+        State,
+        hyper,
+        births=slots,
+        shared=shared,
+        metrics=metrics,
+        key=key,
+        extra=extra,
+        place=place,
+        ordered=ordered,
+    )
 
 
-def _lift(
-    kind: type[_Lift],
+def lift(
+    kind: type[Lift],
     function: Callable[..., Any],
     State: type,
-    births: Mapping[str, Callable[[Any], Any]] | None,
-    where: Mapping[str, Selector | None] | None,
-    extra: Sequence[str],
-    terminal: bool,
     hyper: Mapping[str, Any],
-    metrics: tuple[str, ...] = (),
-) -> _Lift:
+    *,
+    births: Mapping[str, Callable[[Any], Any]] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    where: Mapping[str, Selector | None] | None = None,
+    given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
+    metrics: Sequence[str] = (),
+    key: Any = None,
+    extra: Sequence[str] = (),
+    place: Place = "front",
+    ordered: bool = False,
+) -> Lift:
+    """What `leafwise` and `treewise` do, for a lift of this kind."""
     fields = State._fields
-    slots = [name for name in fields[2:] if name != "metrics"]
+    births, shared, given = births or {}, shared or {}, given or {}
+    memory = [name for name in fields[2:] if name not in ("key", "metrics")]
+    slots = [name for name in memory if name not in shared]
     title = f"{_name_of(function)}{inspect.signature(function)}"
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if fields[:2] != ("count", "hyper"):
         raise TypeError(f"{State.__name__}: the fields of a state begin with count, hyper, not {fields[:2]}")
     if ("metrics" in fields) != bool(metrics):
         raise TypeError(f"{State.__name__}: a state has a field `metrics` exactly where the rule records values")
-    for name in (*hyper, *extra):
-        if name in ("t", "p") or name.startswith(COMPLEMENT):
+    if ("key" in fields) != ("key" in wants) or ("key" in wants) != (key is not None):
+        raise TypeError(f"{title}: a rule that asks for a key is given one, and its state has a field for it")
+    for name in (*hyper, *extra, *given):
+        if name in ("t", "p", "key") or name.startswith(COMPLEMENT):
             raise TypeError(f"{title}: {name} is given by the lift and cannot be a hyperparameter or an extra argument")
-    if unknown := sorted((births or {}).keys() - set(slots)):
+    if unknown := sorted((births.keys() | shared.keys()) - set(memory)):
         raise TypeError(f"{title}: {unknown[0]} is no slot of {State.__name__}, which has {tuple(slots)}")
-    parameters = inspect.signature(function).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if positional[1:] != slots:
-        raise TypeError(f"{title}: after the gradient come the slots of {State.__name__}, {tuple(slots)}")
+    if positional[1:] != memory:
+        raise TypeError(f"{title}: after the gradient come the slots of {State.__name__}, {tuple(memory)}")
     stored = {COMPLEMENT + name if COMPLEMENT + name in wants else name: name for name in hyper}
-    for name in sorted(wants - stored.keys() - {"t", "p"} - set(extra)):
+    for name in sorted(wants - stored.keys() - {"t", "p", "key"} - set(extra) - given.keys()):
         raise TypeError(f"{title} asks for {name}, which is no hyperparameter: {tuple(hyper)}")
-    for name in sorted(stored.keys() - wants) + sorted(set(extra) - wants):
+    for name in sorted(stored.keys() - wants) + sorted((set(extra) | given.keys()) - wants):
         raise TypeError(f"{title} does not ask for {name}")
     for name, value in hyper.items():
         check(name, value)
+    if key is not None:
+        _prng_key(key)
     selectors = {name: selector for name, selector in (where or {}).items() if selector is not None}
     for name, selector in selectors.items():
         check_selector(selector, f"{State.__name__.removesuffix('State')}: where")
@@ -408,10 +554,14 @@ def _lift(
         function=function,
         State=State,
         hyper={stored_name: hyper[name] for stored_name, name in stored.items()},
-        births={slot: (births or {}).get(slot, zeros) for slot in slots},
+        births={slot: births.get(slot, zeros) for slot in slots},
+        shared=dict(shared),
+        key=key,
         where=selectors,
-        metrics=metrics,
+        given=dict(given),
+        metrics=tuple(metrics),
         wants=frozenset(wants),
-        ends=terminal,
+        stands=place,
+        ordered=ordered,
         extra=frozenset(extra),
     )

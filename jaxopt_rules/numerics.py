@@ -68,6 +68,22 @@ def abs2(x: Array) -> Array:
     return x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x
 
 
+def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """√(Σ |x|²) over an array that was widened before; over these axes of it, which are kept with length 1."""
+    return sqrt(jnp.sum(abs2(x), axes, keepdims=axes is not None))
+
+
+def rms(x: Array) -> Array:
+    """√(mean |x|²) of an array that was widened before; 0 of an empty one."""
+    return sqrt(jnp.sum(abs2(x)) / max(x.size, 1))
+
+
+def quotient(x: ArrayLike, y: Array, otherwise: float) -> Array:
+    """x / y, and `otherwise` where y = 0, there with derivative 0."""
+    nonzero = y != 0
+    return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), otherwise)
+
+
 def global_norm(tree: Any) -> Array:
     """√(Σ |x|²) over all inexact arrays of a tree, summed in float32 or wider; 0 for an empty tree.
 

@@ -8,11 +8,12 @@ pickle. Both are reached through the functions of the pair, so that a rule never
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -24,6 +25,30 @@ P = ParamSpec("P")
 
 # What training loops pass to every optimizer, used or not.
 COMMON_EXTRA = frozenset({"value", "grad", "value_fn", "loss"})
+
+# Where in a chain a rule stands. "end" is the terminal's: it turns a direction into an update, by sign and learning
+# rate. In "front" of it are hooks and directions, "behind" it what works on updates; "anywhere" is for what does not
+# mind. `None`: not known, or whatever the others are.
+Place = Literal["front", "end", "behind", "anywhere"] | None
+
+
+def joint_place(places: Iterable[Place]) -> Place:
+    """The place of a rule that is made of rules with these places."""
+    present = set(places)
+    order: list[Place] = ["end", None, "front", "behind", "anywhere"]
+    return order[min((order.index(place) for place in present), default=-1)]
+
+
+class Share(NamedTuple):
+    """What a rule does with one leaf, for `explain`."""
+
+    group: str = ""  # labels of `partition`, from the outermost to the innermost, or "frozen"
+    decay: tuple[str, ...] = ()  # the weight decays that act on it
+    rate: Any = 1.0  # what its updates are multiplied by
+
+    def joined(self, other: "Share") -> "Share":
+        group = "/".join(filter(None, (self.group, other.group)))
+        return Share(group, self.decay + other.decay, self.rate * other.rate)
 
 
 class Rule(NamedTuple):
@@ -78,9 +103,19 @@ class Definition:
     """What a rule does. Subclasses are frozen; `Rule` holds them behind its two functions."""
 
     @property
-    def terminal(self) -> bool | None:
-        """Whether it turns a gradient into an update: applies the sign and the learning rate. `None`: not known."""
+    def place(self) -> Place:
+        """Where it stands in a chain."""
         return None
+
+    @property
+    def gives_updates(self) -> bool:
+        """Whether its result can be added to parameters, as far as one knows."""
+        return self.place not in ("front", "anywhere")
+
+    @property
+    def gate(self) -> bool:
+        """Whether it may decide to do nothing. What stands behind such a rule would act all the same."""
+        return False
 
     @property
     def schedules(self) -> dict[Address, Schedule]:
@@ -96,6 +131,10 @@ class Definition:
     def accepts(self) -> frozenset[str] | None:
         """The extra keyword arguments that it uses; it ignores `COMMON_EXTRA` and refuses all others. `None`: any."""
         return frozenset()
+
+    def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
+        """What it does with each leaf."""
+        return [Share()] * len(leaves)
 
     def init(self, params: Any) -> Any:
         raise NotImplementedError
@@ -150,21 +189,29 @@ def _hashable(value: Any) -> Any:
         return tuple(_hashable(item) for item in value)
     if isinstance(value, Tracer):
         raise TypeError("a rule with a traced hyperparameter cannot be compared or hashed")
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return str(value.dtype), _hashable(jax.random.key_data(value))
     if isinstance(value, jax.Array | np.ndarray):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
     return value
 
 
 def _frozen(value: Any) -> Any:
-    """A list as a tuple, so that a rule does not change with a list that it was given."""
+    """A list as a tuple and a mapping as one of its own, so that a rule does not change with what it was given."""
+    if isinstance(value, Mapping):
+        return {name: _frozen(item) for name, item in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         return str(value.item()) if np.ndim(value) == 0 else repr(value)
-    if inspect.isfunction(value) or inspect.isclass(value):
+    if callable(value) and not isinstance(value, Rule) and hasattr(value, "__name__"):
         return value.__name__
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple) and type(value) is tuple:
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
 
 
@@ -198,7 +245,7 @@ class Update(_Function):
 
     def apply(self, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         self._check(extra)
-        if self.definition.terminal is False:
+        if not self.definition.gives_updates:
             raise ValueError(not_an_update(str(self.written)))
         return self.definition.apply(grads, state, params, extra)
 
@@ -211,7 +258,7 @@ def not_an_update(rule: str) -> str:
     """What is said to one who would add the result of a hook or a direction to parameters."""
     return (
         f"{rule} gives a direction, not an update; end it with step: chain({rule}, step(learning_rate)). "
-        "(A rule of your own that gives updates says so: leafwise(..., terminal=True).)"
+        "(A rule of your own that gives updates says so: leafwise(..., place='end').)"
     )
 
 
@@ -249,9 +296,10 @@ def constructor(make: Callable[P, "Rule | Definition"]) -> Callable[P, Rule]:
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Rule:
-        made = make(*args, **kwargs)
+        positional, named = tuple(map(_frozen, args)), {name: _frozen(value) for name, value in kwargs.items()}
+        made = cast(Any, make)(*positional, **named)
         definition = made if isinstance(made, Definition) else definition_of(made)
-        written = Written(build, tuple(map(_frozen, args)), {name: _frozen(value) for name, value in kwargs.items()})
+        written = Written(build, positional, named)
         return Rule(Init(definition, written), Update(definition, written))
 
     return build

@@ -10,9 +10,10 @@ Everything here is a thin shell around rules: an optimizer holds one rule, one s
 compiled function per update.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, cast
@@ -26,6 +27,7 @@ from jax.core import Tracer
 from jax.tree_util import DictKey, tree_flatten_with_path
 
 from jaxopt_rules import trees
+from jaxopt_rules.averages import eval_params
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
 from jaxopt_rules.numerics import is_inexact
@@ -44,7 +46,15 @@ from jaxopt_rules.rules.adam import adam, adamw
 from jaxopt_rules.rules.sgd import momentum as momentum_rule
 from jaxopt_rules.rules.sgd import sgd
 from jaxopt_rules.schedules import Schedule
-from jaxopt_rules.state import hyperparameter_entries, hyperparams, leaf_names, metrics, replace_hyperparameters
+from jaxopt_rules.state import (
+    hyperparameter_entries,
+    hyperparams,
+    leaf_names,
+    load_state_dict,
+    metrics,
+    replace_hyperparameters,
+    state_dict,
+)
 from jaxopt_rules.trees import Structure
 
 Hook = Rule | Callable[[list[Parameter]], Any]
@@ -111,8 +121,8 @@ class _Program:
     first: int  # the position of the first of them among all hooks
     schedules: tuple[tuple[str, Schedule], ...]  # schedules assigned to fields of the optimizer
     treedef: Structure  # of the state
-    known: tuple[str, ...]  # the keys that the state is over
-    present: tuple[str, ...]  # the keys of those that have a gradient, in the order of the arguments
+    known: tuple[Any, ...]  # the keys that the state is over
+    present: tuple[Any, ...]  # the keys of those that have a gradient, in the order of the arguments
     functions: tuple[tuple[str, Callable[..., Any]], ...]  # extra arguments that are functions
 
     @functools.cached_property
@@ -176,6 +186,20 @@ _STEP = {
 }
 
 
+@dataclass(frozen=True, order=True)
+class _Key:
+    """What a parameter's slots are filed under: its name when first seen, made unique where two models use one name.
+
+    Patterns and error messages see the name alone.
+    """
+
+    name: str
+    number: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Optimizer:
     """Updates models in place with a rule.
 
@@ -202,11 +226,12 @@ class Optimizer:
 
     def __init__(self, rule: Rule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
         self._rule = as_rule(rule, type(self).__name__)
-        if definition_of(self._rule).terminal is False:
+        if not definition_of(self._rule).gives_updates:
             raise ValueError(not_an_update(repr(rule)))
         self._set_hooks(hook)
         self._donate = donate
-        self._keys: dict[Parameter | str, str] = {}  # what has state (for a pytree: its path) -> its key in the state
+        self._keys: dict[Parameter | str, Any] = {}  # what is known (in a pytree: its path) -> its key in the state
+        self._born: frozenset[Parameter | str] = frozenset()  # those of them that have slots
         self._structure: Structure | None = None  # of the model, where it is a pytree
         self._schedules: dict[str, Schedule] = {}  # assigned to fields
         self._overruled: set[Address] = set()  # hyperparameters for which the rule has a schedule, and a field another
@@ -240,10 +265,22 @@ class Optimizer:
         positions = jax.tree.unflatten(self._treedef, range(len(self._leaves)))
         self._fields = hyperparameter_entries(positions["rule"])
 
-    def _enlarge(self, newcomers: Mapping[Parameter | str, str], values: Mapping[str, Any]) -> None:
-        """Gives newcomers their slots. All that the state holds already is carried over."""
-        self._keys |= newcomers
-        self._set_state(_carried_over(self._state, self._init(values)))
+    def _enlarge(self, known: Mapping[Parameter | str, Any], arrays: Mapping[Parameter | str, Any]) -> None:
+        """Gives slots to those that have arrays. All that the state holds already is carried over.
+
+        The others of the model are known from now on, too, so that patterns that are for them find them.
+        """
+        self._keys |= known
+        self._born |= arrays.keys()
+        self._set_state(_carried_over(self._state, self._init(self._values(arrays))))
+
+    def _values(self, arrays: Mapping[Any, Any]) -> dict[Any, Any]:
+        """For each key the array that its slots are like; `None` where it has none yet."""
+
+        def array(x: Parameter | str) -> Any:
+            return arrays[x] if x in arrays else x.data if isinstance(x, Parameter) else None
+
+        return {key: array(x) if x in self._born else None for x, key in self._keys.items()}
 
     # Fields
 
@@ -320,8 +357,7 @@ class Optimizer:
         if self._structure is not None:
             raise ValueError("hooks can be assigned before the first update of a pytree model, not after it")
         self._set_hooks(hook)
-        values = {key: p.data for p, key in self._keys.items() if isinstance(p, Parameter)}
-        self._set_state(self._init(values) | {"rule": self._state["rule"]})
+        self._set_state(self._init(self._values({})) | {"rule": self._state["rule"]})
 
     @property
     def hyperparams(self) -> dict[str, float]:
@@ -370,7 +406,7 @@ class Optimizer:
           TypeError: the model is neither; it is called on traced arrays; an extra argument is unknown.
           When it raises, nothing has changed. An interrupt that comes too late to undo the step completes it.
         """
-        leaves, treedef, keys = self._leaves, self._treedef, len(self._keys)
+        leaves, treedef, born, keys = self._leaves, self._treedef, self._born, len(self._keys)
         self._pending = {}
         try:
             new = self._update_parameters(model, extra) if grads is None else self._update_tree(model, grads, extra)
@@ -381,6 +417,7 @@ class Optimizer:
                 raise
             for key in list(self._keys)[keys:]:
                 del self._keys[key]
+            self._born = born
             if self._leaves is not leaves:
                 self._set_state(jax.tree.unflatten(treedef, leaves))
             raise
@@ -429,16 +466,16 @@ class Optimizer:
 
     def _welcome(self, listed: Iterable[Parameter], named: Mapping[Parameter, str]) -> None:
         """Makes sure that all of these have a key and their slots."""
-        if self._keys.keys() >= set(listed):
+        newborn = set(listed) - self._born
+        if not newborn:
             return
         taken = set(self._keys.values())
-        newcomers: dict[Parameter | str, str] = {}
-        for parameter in listed:
-            if parameter not in self._keys:
-                newcomers[parameter] = _unused(named.get(parameter, "parameter"), taken)
-                taken.add(newcomers[parameter])
-        everyone = {**self._keys, **newcomers}
-        self._enlarge(newcomers, {key: p.data for p, key in everyone.items() if isinstance(p, Parameter)})
+        known: dict[Parameter | str, _Key] = {}
+        for parameter in (*named, *listed):
+            if parameter not in self._keys and parameter not in known:
+                known[parameter] = _unused(named.get(parameter, "parameter"), taken)
+                taken.add(known[parameter])
+        self._enlarge(known, {parameter: parameter.data for parameter in newborn})
 
     def _run(
         self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
@@ -470,10 +507,11 @@ class Optimizer:
         for k, (g, part) in enumerate(zip(gs, parts, strict=True)):
             trees.check_gradient(lambda k=k: paths[k], g, part)
         present = [k for k, g in enumerate(gs) if is_inexact(g) and is_inexact(parts[k])]
-        newcomers: dict[Parameter | str, str] = {paths[k]: paths[k] for k in present if paths[k] not in self._keys}
-        if newcomers:
+        if not self._born.issuperset(paths[k] for k in present):
             everyone = dict(zip(trees.paths(model), leaves, strict=True))
-            self._enlarge(newcomers, {key: everyone[key] for key in (*self._keys.values(), *newcomers.values())})
+            newborn = self._born | {paths[k] for k in present}
+            known: dict[Parameter | str, Any] = {path: path for path in everyone if path not in self._keys}
+            self._enlarge(known, {path: x for path, x in everyone.items() if path in newborn})
         keys = tuple(paths[k] for k in present)
 
         def write(new: list[Array], hooked: list[Array] | None) -> None:
@@ -487,7 +525,7 @@ class Optimizer:
     def _call(
         self,
         first: int,
-        keys: tuple[str, ...],
+        keys: tuple[Any, ...],
         datas: list[Any],
         grads: list[Any],
         extra: Mapping[str, Any],
@@ -535,9 +573,9 @@ class Optimizer:
             )
         finish()
 
-    def _raise_shared(self, keys: Sequence[str], datas: Sequence[Any], grads: Sequence[Any]) -> None:
+    def _raise_shared(self, keys: Sequence[Any], datas: Sequence[Any], grads: Sequence[Any]) -> None:
         seen: dict[int, str] = {}
-        what = [f"the data of {key!r}" for key in keys] + [f"the gradient of {key!r}" for key in keys]
+        what = [f"the data of '{key}'" for key in keys] + [f"the gradient of '{key}'" for key in keys]
         for name, array in zip(what, (*datas, *grads), strict=True):
             if id(array) in seen:
                 raise ValueError(
@@ -545,6 +583,38 @@ class Optimizer:
                     "jnp.array(x), or use donate=False"
                 )
             seen[id(array)] = name
+
+    # Averages
+
+    @contextlib.contextmanager
+    def evaluating(self, model: Model) -> Iterator[Model]:
+        """Within it, the model has the parameters to evaluate with; behind it, those that are trained.
+
+            with opt.evaluating(model):
+                loss = evaluate(model)
+
+        They differ where the rule keeps an average (`average`, `lookahead`). What is assigned inside to `.data` is
+        lost.
+        """
+        known = {self._keys[p]: p for p in named_parameters(model) if p in self._keys}
+        values = dict.fromkeys(self._keys.values()) | {key: p.data for key, p in known.items()}
+        averaged = eval_params(self._state["rule"], values)
+        try:
+            for key, parameter in known.items():
+                parameter.data = cast(Array, averaged[key])
+            yield model
+        finally:
+            for key, parameter in known.items():
+                parameter.data = cast(Array, values[key])
+
+    def eval_params(self, model: Any) -> Any:
+        """Of a pytree, the parameters to evaluate with. See `jaxopt_rules.eval_params`."""
+        leaves, treedef = trees.flatten(model)
+        paths = trees.paths(model)
+        values = dict(zip(paths, leaves, strict=True))
+        known = {path: values[path] for path in self._keys.values()}
+        averaged = values | eval_params(self._state["rule"], known)
+        return jax.tree.unflatten(treedef, [averaged[path] for path in paths])
 
     # Saving
 
@@ -561,7 +631,7 @@ class Optimizer:
         """
         names = {self._keys[x]: name for name, x in self._named(model).items() if x in self._keys}
         state = _rekeyed(self._state, frozenset(self._keys.values()), names)
-        return {name: np.array(x) for name, x in zip(leaf_names(state), jax.tree.leaves(state), strict=True)}
+        return state_dict(state)
 
     def load_state_dict(self, model: Any, saved: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave for this model or one like it: slots, counters and hyperparameters.
@@ -583,23 +653,19 @@ class Optimizer:
             for key in path
             if name in saved and isinstance(key, DictKey) and key.key in values
         )
-        state = _loaded(self._init({name: values[name] for name in stateful}), saved)
-        for name, value in hyperparams(state).items():
-            check(name.rpartition(".")[2], value)
-
+        state, _ = load_state_dict(self._init({name: values[name] for name in stateful}), saved)
         mine = set(named.values())
-        keys: dict[Parameter | str, str] = {
+        keys: dict[Parameter | str, Any] = {
             x: key for x, key in self._keys.items() if isinstance(x, Parameter) and x not in mine
         }
+        born = (self._born & keys.keys()) | {named[name] for name in stateful}
         keys |= {named[name]: self._keys[named[name]] for name in stateful if named[name] in self._keys}
         for name in sorted(name for name in stateful if named[name] not in keys):
-            keys[named[name]] = _unused(name, set(keys.values()))
+            keys[named[name]] = _unused(name, set(keys.values())) if is_model(model) else name
         state = _rekeyed(state, stateful, {name: keys[named[name]] for name in stateful})
-        born = self._init({key: x.data if isinstance(x, Parameter) else values[x] for x, key in keys.items()})
-        born = _carried_over(state, _carried_over(self._state, born))
-        self._keys = keys
+        before, self._keys, self._born = self._state, keys, born
         self._structure = None if is_model(model) else trees.flatten(model)[1]
-        self._set_state(born)
+        self._set_state(_carried_over(state, _carried_over(before, self._init(self._values(values)))))
 
 
 def _shortest(x: Any) -> float:
@@ -607,9 +673,9 @@ def _shortest(x: Any) -> float:
     return float(str(np.asarray(x)))
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def _unused(name: str, taken: set[_Key]) -> _Key:
     """A key for a parameter; two parameters of one name, in two models, are two parameters."""
-    return next(key for i in itertools.count(1) if (key := name if i == 1 else f"{name}#{i}") not in taken)
+    return next(key for number in itertools.count(1) if (key := _Key(name, number)) not in taken)
 
 
 def _carried_over(old: Any, new: Any) -> Any:
@@ -624,7 +690,7 @@ def _carried_over(old: Any, new: Any) -> Any:
     return jax.tree.unflatten(treedef, carried)
 
 
-def _rekeyed(state: Any, keys: frozenset[str], names: Mapping[str, str]) -> Any:
+def _rekeyed(state: Any, keys: frozenset[Any], names: Mapping[Any, Any]) -> Any:
     """A state over `keys` as one over those of them that have a name."""
     if isinstance(state, dict):
         if keys and state.keys() == keys:
@@ -634,30 +700,6 @@ def _rekeyed(state: Any, keys: frozenset[str], names: Mapping[str, str]) -> Any:
         parts = [_rekeyed(value, keys, names) for value in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
     return state
-
-
-def _loaded(state: Any, saved: Mapping[str, Any]) -> Any:
-    """`state` with all of its leaves from `saved`, where they stand under the names of `leaf_names`."""
-    names, leaves = leaf_names(state), jax.tree.leaves(state)
-    problems = [f"{name} is missing" for name in names if name not in saved]
-    problems += [f"{name} is unexpected" for name in saved if name not in set(names)]
-    problems += [
-        f"{name} has shape {np.shape(saved[name])}, not {leaf.shape}"
-        for name, leaf in zip(names, leaves, strict=True)
-        if name in saved and np.shape(saved[name]) != leaf.shape
-    ]
-    problems += [
-        f"{name} is of type {np.asarray(saved[name]).dtype}, not {leaf.dtype}"
-        for name, leaf in zip(names, leaves, strict=True)
-        if name in saved and not np.can_cast(np.asarray(saved[name]).dtype, leaf.dtype, "same_kind")
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the saved state does not fit: {', '.join(problems[:5])}{more}")
-    new = [
-        trees.placed_like(jnp.array(saved[name], leaf.dtype), leaf) for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(state), new)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

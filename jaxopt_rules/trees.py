@@ -1,5 +1,6 @@
 """How the library reads pytrees: which leaves take part, what they are called, and how two trees are matched."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,14 +26,32 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 def paths(tree: Any) -> list[str]:
     """The path of every leaf of `flatten(tree)`, like `blocks/0/attn/w`."""
-    leaves, _ = tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [_path(keys) for keys, _ in leaves]
+    return [_path(keys) for keys, _ in _leaves_with_keys(tree, _is_none)]
 
 
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Structure]:
     """(path, leaf) for every leaf of `jax.tree.leaves(tree)`, where `None` is no leaf, and the structure."""
-    leaves, treedef = tree_flatten_with_path(tree)
-    return [(_path(keys), leaf) for keys, leaf in leaves], treedef
+    return [(_path(keys), leaf) for keys, leaf in _leaves_with_keys(tree)], jax.tree.structure(tree)
+
+
+def _leaves_with_keys(tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False) -> list[tuple[Any, Any]]:
+    """As JAX gives them, but that a Flax NNX variable, which holds one array, adds no key of its own."""
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
+    if variable is None:
+        return tree_flatten_with_path(tree, is_leaf)[0]
+
+    # Not `isinstance`, which the metaclass of variables makes slow.
+    def is_variable(x: Any) -> bool:
+        return issubclass(type(x), variable)
+
+    found = []
+    for keys, x in tree_flatten_with_path(tree, lambda x: is_leaf(x) or is_variable(x))[0]:
+        if is_variable(x):
+            content, _ = tree_flatten_with_path(x, lambda part, whole=x: part is not whole)
+            found += [(keys + more, leaf) for _, part in content for more, leaf in _leaves_with_keys(part, is_leaf)]
+        else:
+            found.append((keys, x))
+    return found
 
 
 def _path(keys: Any) -> str:
@@ -120,6 +139,12 @@ def scalar_home(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
         if getattr(leaf, "committed", False):
             return sharding
     return None
+
+
+def placed_with(leaves: Sequence[Any], scalars: Any) -> Any:
+    """A tree of scalars where scalars belong that accompany these arrays."""
+    home = scalar_home(leaves)
+    return scalars if home is None else jax.device_put(scalars, home)
 
 
 def placed_like(new: jax.Array, old: Any) -> jax.Array:

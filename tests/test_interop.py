@@ -3,6 +3,8 @@
 The packages are the dependency group `interop`; a test whose package is absent is skipped.
 """
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,20 @@ import numpy as np
 import pytest
 
 import jaxopt_rules as jr
+from jaxopt_rules.families import families
+from jaxopt_rules.rules.adam import AdamState
+from jaxopt_rules.select import matrices, select
+from jaxopt_rules.state import (
+    find,
+    hyperparams,
+    leaf_names,
+    load_state_dict,
+    memory,
+    reset,
+    set_hyperparams,
+    state_dict,
+)
+from jaxopt_rules.trees import flatten, flatten_with_paths, paths
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32), "b": jnp.zeros(2)}
@@ -164,3 +180,122 @@ def test_the_mutating_layer_on_an_equinox_module():
         losses.append(float(value))
     assert losses[-1] < 0.1 * losses[0]
     assert model.activation is eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0)).activation
+
+
+def nnx_model(nnx):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Linear(4, 3, rngs=rngs)
+            self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    return Model(nnx.Rngs(0))
+
+
+MODEL_PATHS = ["blocks/0/bias", "blocks/0/kernel", "embed/bias", "embed/kernel", "norm/bias", "norm/scale"]
+
+
+def test_paths_in_nnx_are_those_of_a_dict():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx_model(nnx)
+    state = nnx.state(model, nnx.Param)
+    plain = nnx.to_pure_dict(state)
+    assert paths(state) == paths(plain) == MODEL_PATHS
+    assert [path for path, _ in flatten_with_paths(state)[0]] == MODEL_PATHS
+    assert paths(state["embed"]["kernel"]) == [""]
+    # With what is no parameter, as a whole module goes in.
+    assert set(paths(model)) == {*MODEL_PATHS, "norm/mean", "norm/var"}
+    for tree in (state, model, nnx.State(plain), [nnx.Param({"a": {"value": jnp.ones(1)}, "b": None}), None]):
+        leaves, _ = flatten(tree)
+        assert len(paths(tree)) == len(leaves)
+        assert [path for path, x in zip(paths(tree), leaves, strict=True) if x is not None] == [
+            path for path, _ in flatten_with_paths(tree)[0]
+        ]
+    assert paths([nnx.Param({"a": {"value": jnp.ones(1)}, "b": None}), None]) == ["0/a/value", "0/b", "1"]
+    assert paths(nnx.Param(nnx.Param(jnp.ones(1)))) == [""]
+    absent = jax.tree.map(lambda x: None, state)
+    assert paths(absent) == MODEL_PATHS
+
+
+def test_selection_in_nnx():
+    nnx = pytest.importorskip("flax.nnx")
+    params = nnx.state(nnx_model(nnx), nnx.Param)
+    for where in ("**/kernel", matrices):
+        assert select(where, paths(params), flatten(params)[0]) == [path.endswith("kernel") for path in MODEL_PATHS]
+    rule = jr.adamw(0.1, weight_decay=0.5, where="**/kernel")
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    new, state = rule.apply(zeros, rule.init(params), params)
+    assert (abs(new["embed"]["kernel"][...]) < abs(params["embed"]["kernel"][...])).all()
+    assert (new["norm"]["scale"][...] == 1).all()
+    assert "adam.m.blocks/0/kernel" in leaf_names(state)
+    assert hyperparams(set_hyperparams(state, learning_rate=0.5))["learning_rate"] == 0.5
+    _, state = rule.apply(params, state, params)
+    again = reset(rule, state, params, "blocks/**")
+    m = nnx.to_pure_dict(find(again, AdamState).m)
+    assert (m["blocks"][0]["kernel"] == 0).all()
+    assert (m["embed"]["kernel"] != 0).any()
+    loaded, _ = load_state_dict(rule.init(params), state_dict(state))
+    chex.assert_trees_all_equal(loaded, state)
+
+
+def test_selection_in_an_equinox_module():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    hits = select("layers/*/weight", paths(model), flatten(model)[0])
+    assert [path for path, hit in zip(paths(model), hits, strict=True) if hit] == ["layers/0/weight", "layers/1/weight"]
+    assert select(matrices, paths(model), flatten(model)[0]) == hits
+    state = jr.adamw().init(model)
+    assert {row.slot: row.bytes for row in memory(state).rows}["adam.m"] == 4 * (8 * 4 + 8 + 2 * 8 + 2)
+    assert "adam.v.layers/1/bias" in state_dict(state)
+    reset(jr.adamw(), state, model, "layers/0/*")
+
+
+def test_states_of_optax_inside_ours_and_ours_inside_theirs(optax):
+    rule = jr.chain(jr.clip_grad(1.0), optax.scale_by_adam(), jr.step(0.1))
+    _, state = train(rule)
+    assert find(state, optax.ScaleByAdamState) is state[1]
+    fresh = rule.init(PARAMS)
+    new = reset(rule, state, PARAMS, "w")
+    assert (new[1].mu["w"] == 0).all()
+    chex.assert_trees_all_equal((new[1].count, new[1].mu["b"]), (state[1].count, state[1].mu["b"]))
+    chex.assert_trees_all_equal(reset(rule, state, PARAMS), fresh)
+    assert {row.slot: row.bytes for row in memory(state).rows}["1"] == 2 * 4 * (6 + 2)
+    loaded, _ = load_state_dict(fresh, state_dict(state))
+    chex.assert_trees_all_equal(loaded, state)
+
+    wrapped = optax.MultiSteps(optax.chain(optax.trace(0.9), jr.adam(0.1)), 2)
+    state = wrapped.init(PARAMS)
+    assert [family.name for family in families(state)] == ["adam", "step"]
+    state = set_hyperparams(state, learning_rate=0.5)
+    assert hyperparams(state)["learning_rate"] == 0.5
+    assert find(state, AdamState).m.keys() == PARAMS.keys()
+    assert find(state, optax.TraceState).trace.keys() == PARAMS.keys()
+    chex.assert_trees_all_equal(load_state_dict(wrapped.init(PARAMS), state_dict(state))[0], state)
+    new = reset(jr.Rule(wrapped.init, wrapped.update), jax.tree.map(jnp.ones_like, state), PARAMS, "w")
+    assert (find(new, optax.TraceState).trace["w"] == 0).all()
+    assert (new.acc_grads["w"] == 0).all()
+    assert (new.acc_grads["b"] == 1).all()
+
+    masked = optax.masked(optax.scale_by_adam(), {"w": True, "b": False})
+    new = reset(jr.Rule(*masked), jax.tree.map(jnp.ones_like, masked.init(PARAMS)), PARAMS, "w")
+    assert (find(new, optax.ScaleByAdamState).nu["w"] == 0).all()
+
+
+class NoisyState(NamedTuple):
+    count: Any
+    hyper: Any
+    key: Any
+    m: Any
+
+
+def test_a_state_through_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    slots = {"m": lambda p: jnp.zeros_like(p)}
+    rule = jr.chain(jr.leafwise(lambda g, m, *, key: (g, (g,)), NoisyState, slots=slots, key=0), jr.adam(0.1))
+    _, state = rule.update(params, rule.init(params), params)
+    safetensors.save_file(state_dict(state), tmp_path / "state.safetensors")
+    saved = safetensors.load_file(tmp_path / "state.safetensors")
+    assert saved["noisy.m.w"].dtype == jnp.bfloat16
+    loaded, _ = load_state_dict(rule.init(params), saved)
+    chex.assert_trees_all_equal(loaded, state)

@@ -296,7 +296,7 @@ def test_python_hooks_and_rules_run_in_order():
         before = values(fused)["w"]
         rules.update(fused)
         # By hand: what the rules alone did not do is the doubling.
-        velocity = python._state["hook"][0].v["w"]
+        velocity = python._state["hook"][0].v[python._keys[mixed.params()["w"]]]
         np.testing.assert_allclose(gradients(mixed)["w"], 2 * velocity + 0.1 * before, rtol=1e-5)
         fused.params()["w"].data = mixed.params()["w"].data
 

@@ -1,7 +1,9 @@
-"""Live hyperparameters, recorded values, and names of leaves."""
+"""What a state can be asked, how it is changed and saved: through chains, groups, wrappers, and foreign states."""
 
 import collections
+import io
 import types
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -10,8 +12,21 @@ import numpy as np
 import pytest
 
 import jaxopt_rules as jr
+from jaxopt_rules.families import families, map_families
 from jaxopt_rules.hyperparameters import Scheduled
-from jaxopt_rules.state import leaf_names
+from jaxopt_rules.rules.adam import AdamState
+from jaxopt_rules.state import (
+    find,
+    hyperparams,
+    leaf_names,
+    load_state_dict,
+    memory,
+    metrics,
+    reset,
+    set_hyperparams,
+    state_dict,
+)
+from jaxopt_rules.tables import Table
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
@@ -231,3 +246,357 @@ def test_leaf_names_do_not_move_when_a_hook_is_put_in_front():
     twice = leaf_names(jr.chain(jr.weight_decay(0.1), jr.weight_decay(0.1), jr.sgd(0.1)).init(PARAMS))
     assert {"weight_decay.count", "weight_decay#2.count"} <= set(twice)
     assert len(set(twice)) == len(twice)
+
+
+class WrapState(NamedTuple):
+    count: Any
+    hyper: Any
+    metrics: Any
+    mean: Any
+    inner: Any
+
+
+class TheirState(NamedTuple):
+    """As a state of another library may be: named differently, without hyperparameters, maybe with a state inside."""
+
+    count: Any
+    mu: Any
+    inner_state: Any
+
+
+@jr.constructor
+def wrap(rule, speed=2.0):
+    """A rule in a state with an inner one, as wrappers have it."""
+
+    def init(params):
+        count, hyper, seen = jnp.zeros((), jnp.int32), {"speed": jnp.float32(speed)}, {"seen": jnp.zeros(())}
+        return WrapState(count, hyper, seen, jax.tree.map(jnp.zeros_like, params), rule.init(params))
+
+    def update(grads, state, params=None, **extra):
+        updates, inner = rule.update(grads, state.inner, params, **extra)
+        return updates, state._replace(count=state.count + 1, mean=grads, metrics={"seen": jnp.ones(())}, inner=inner)
+
+    return jr.Rule(init, update)
+
+
+def theirs(rule):
+    def init(params):
+        return TheirState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), (rule.init(params), ()))
+
+    def update(grads, state, params=None, **extra):
+        updates, inner = rule.update(grads, state.inner_state[0], params, **extra)
+        return updates, TheirState(state.count + 1, grads, (inner, ()))
+
+    return jr.Rule(init, update)
+
+
+@jr.constructor
+def grouped(**rules):
+    """States in a dict by label. Each rule sees all parameters, which is as good for the tests of states."""
+
+    def init(params):
+        return {label: rule.init(params) for label, rule in rules.items()}
+
+    def update(grads, state, params=None):
+        new = {label: rule.update(grads, state[label], params) for label, rule in rules.items()}
+        return grads, {label: part for label, (_, part) in new.items()}
+
+    return jr.Rule(init, update)
+
+
+def trained(rule, params=PARAMS, steps=3):
+    state = rule.init(params)
+    for _ in range(steps):
+        _, state = rule.update(params, state, params)
+    return state
+
+
+NESTED = wrap(jr.chain(jr.clip_grad(1.0), wrap(jr.adamw(), 3.0)))
+
+
+def test_families_of_a_wrapper_and_of_what_is_inside():
+    state = NESTED.init(PARAMS)
+    assert [(family.name, family.place) for family in families(state)] == [
+        ("wrap", ()),
+        ("clip", (0, 0)),
+        ("wrap", (0, 1)),
+        ("adam", (0, 1, 0, 0)),
+        ("step", (0, 1, 0, 1)),
+    ]
+    assert all("inner" not in family.own for family in families(state))
+    assert [family.slots for family in families(state)] == [("mean",), (), ("mean",), ("m", "v"), ()]
+    new = map_families(lambda family: family.state._replace(count=len(family.place)), state)
+    assert [family.state.count for family in families(new)] == [0, 2, 2, 4, 4]
+    assert jax.tree.structure(map_families(lambda family: family.state, state)) == jax.tree.structure(state)
+
+
+def test_names_do_not_move_when_a_rule_is_wrapped():
+    plain, wrapped = jr.adamw().init(PARAMS), wrap(jr.adamw()).init(PARAMS)
+    assert set(leaf_names(plain)) < set(leaf_names(wrapped))
+    assert {"wrap.mean.w", "wrap.metrics.seen"} <= set(leaf_names(wrapped))
+    assert set(hyperparams(wrapped)) == {*hyperparams(plain), "speed"}
+    assert set(metrics(trained(wrap(jr.adamw())))) == {"learning_rate", "seen"}
+
+
+def test_hyperparameters_through_wrappers():
+    state = NESTED.init(PARAMS)
+    names = [name for name in hyperparams(state) if name.endswith("speed")]
+    assert names == ["wrap.speed", "0.1.wrap.speed"]
+    for i, name in enumerate(names):
+        state = set_hyperparams(state, {name: 10 + i})
+    assert (state.hyper["speed"], state.inner[1].hyper["speed"]) == (10, 11)
+    assert set_hyperparams(state, learning_rate=0.5).inner[1].inner[1].hyper["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "matrix.learning_rate", "step.learning_rate", "matrix.step.learning_rate"]
+)
+def test_longer_spellings_of_a_hyperparameter(name):
+    state = grouped(matrix=jr.adamw()).init(PARAMS)
+    for new in (set_hyperparams(state, {name: 0.5}), set_hyperparams(state, **{name: 0.5})):
+        assert hyperparams(new)["learning_rate"] == 0.5
+
+
+def test_a_spelling_of_several_hyperparameters_or_of_none():
+    state = grouped(matrix=jr.adamw(), rest=jr.adamw()).init(PARAMS)
+    both = "'learning_rate' may be matrix.learning_rate or rest.learning_rate; write one of these"
+    with pytest.raises(KeyError, match=both):
+        set_hyperparams(state, learning_rate=0.5)
+    with pytest.raises(KeyError, match=r"may be matrix.learning_rate or rest.learning_rate"):
+        set_hyperparams(state, {"step.learning_rate": 0.5})
+    assert hyperparams(set_hyperparams(state, {"rest.step.learning_rate": 0.5}))["rest.learning_rate"] == 0.5
+    for name in ("adam.learning_rate", "step.rest.learning_rate", "rest.matrix.learning_rate", "rate"):
+        with pytest.raises(KeyError, match="the state has no hyperparameter"):
+            set_hyperparams(state, {name: 0.5})
+    with pytest.raises(ValueError, match="is given twice, under two of its names"):
+        set_hyperparams(state, {"rest.learning_rate": 0.5}, **{"rest.step.learning_rate": 0.5})
+
+
+def test_hyperparameters_with_dots_and_slashes_in_their_names():
+    class ScaleByPathState(NamedTuple):
+        count: Any
+        hyper: Any
+
+    scales = {"embed/**": jnp.float32(1), "layers.0/w": jnp.float32(2)}
+    state = {"v1.0": (ScaleByPathState(jnp.int32(0), scales), jr.sgd(0.1).init(PARAMS))}
+    for i, name in enumerate(["embed/**", "layers.0/w", "scale_by_path.layers.0/w", "v1.0.scale_by_path.embed/**"]):
+        new = set_hyperparams(state, {name: i})
+        assert hyperparams(new)["embed/**" if "embed" in name else "layers.0/w"] == i
+
+
+def test_find():
+    state = (theirs(grouped(a=jr.adam(), b=jr.sgd(0.1, 0.9))).init(PARAMS), NESTED.init(PARAMS).inner[0])
+    assert find(state, TheirState) is state[0]
+    assert find(state, AdamState) is state[0].inner_state[0]["a"][0]
+    assert find(wrap(jr.adam()).init(PARAMS), AdamState).m.keys() == PARAMS.keys()
+    with pytest.raises(KeyError, match="there is no WrapState in the state; it has TheirState, AdamState, StepState"):
+        find(state, WrapState)
+
+
+def test_find_of_several():
+    state = grouped(matrix=jr.adam(), rest=wrap(jr.adam())).init(PARAMS)
+    with pytest.raises(ValueError, match="several AdamState") as error:
+        find(state, AdamState)
+    for text in ("state['matrix'][0], state['rest'].inner[0]; ", "find(state['rest'], AdamState)"):
+        assert text in str(error.value)
+    assert find(state["rest"], AdamState) is eval("state['rest'].inner[0]")
+    with pytest.raises(
+        ValueError, match=r"several WrapState: state, state.inner\[1\]; .* find\(state.inner, WrapState\)"
+    ):
+        find(NESTED.init(PARAMS), WrapState)
+
+
+def test_memory_before_anything_is_allocated():
+    params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16), "b": jax.ShapeDtypeStruct((1024,), jnp.complex64)}
+    table = memory(jax.eval_shape(NESTED.init, params))
+    rows = {(row.slot, row.dtype): (row.arrays, row.bytes) for row in table.rows}
+    assert rows["adam.m", "float32"] == (1, 2**22)
+    assert rows["adam.m", "complex64"] == (1, 2**13)
+    assert rows["adam.v", "float32"] == (2, 2**22 + 2**12)
+    assert rows["wrap.mean", "bfloat16"] == (1, 2**21)
+    assert table.rows[-1].slot == "scalars"
+    assert isinstance(table.rows[0].bytes, int)
+    assert table.total == ("total", "", sum(r.arrays for r in table.rows), sum(r.bytes for r in table.rows))
+    assert "4.0 MiB" in str(table)
+
+
+def test_memory_of_all_kinds_of_arrays():
+    state = (TheirState(jnp.int32(0), {"w": jnp.ones(3, bool)}, ()), {"key": jax.random.key(0)}, {"n": 1})
+    table = memory(state)
+    assert [tuple(row) for row in table.rows] == [("0", "bool", 1, 3), ("scalars", "", 3, 4 + 8 + 4)]
+    assert memory(()).total == ("total", "", 0, 0)
+    born = jr.chain(jr.clip_grad(1.0), jr.adamw()).init(PARAMS)
+    assert memory(born).total[3] == sum(x.nbytes for x in jax.tree.leaves(born))
+
+
+def test_tables():
+    table = Table(("leaf", "rate", "bytes"), (("a<b", 0.5, 100), ("longer", None, 3 * 2**29)), ("total", None, 1636))
+    assert str(table).splitlines() == [
+        "leaf    rate    bytes",
+        "------  ----  -------",
+        "a<b      0.5    100 B",
+        "longer        1.5 GiB",
+        "------  ----  -------",
+        "total         1.6 KiB",
+    ]
+    html = table._repr_html_()
+    assert "a&lt;b" in html
+    assert html.count("<tr>") == 4
+    assert table.rows[1].bytes == 3 * 2**29
+    assert table.rows[0]._asdict() == {"leaf": "a<b", "rate": 0.5, "bytes": 100}
+    assert str(Table(("leaf", "bytes"), ())) == "leaf  bytes\n----  -----"
+
+
+def same(a, b):
+    return all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_reset_of_some_parameters():
+    rule = jr.chain(theirs(jr.identity()), wrap(jr.chain(jr.clip_grad(1.0), jr.adamw())))
+    state = set_hyperparams(trained(rule), learning_rate=0.5)
+    fresh = rule.init(PARAMS)
+    for where in ("w", lambda path, p: p.ndim == 2):
+        new = reset(rule, state, PARAMS, where)
+        slots = lambda s: (s[0].mu, s[1].mean, find(s, AdamState).m, find(s, AdamState).v)  # noqa: E731
+        for before, after, born in zip(slots(state), slots(new), slots(fresh), strict=True):
+            assert same(after["w"], born["w"])
+            assert same(after["b"], before["b"])
+            assert not same(before["w"], born["w"])
+        restored = dict(zip(leaf_names(new), jax.tree.leaves(new), strict=True))
+        for name, x in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
+            assert name.endswith((".w", "/w")) or same(restored[name], x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    rule.update(PARAMS, new, PARAMS)
+
+
+def test_reset_of_everything():
+    rule = wrap(jr.chain(theirs(jr.clip_grad(1.0)), jr.adamw(jr.Linear(0.5, 10))))
+    state = set_hyperparams(trained(rule), b1=0.5, speed=7)
+    new = reset(rule, state, PARAMS)
+    assert same(new, set_hyperparams(rule.init(PARAMS), b1=0.5, speed=7))
+    assert new.count == 0
+    assert hyperparams(new)["learning_rate"] == 0.5
+
+
+def test_the_clock_goes_on_when_some_parameters_are_reset():
+    rule, g = jr.adam(1.0), jnp.ones(2)
+    params = {"a": g, "b": g}
+    adam, step = trained(rule, params)
+    new = reset(rule, (adam._replace(count=jnp.int32(100_000)), step), params, "a")
+    updates, _ = rule.update(params, new, params)
+    np.testing.assert_allclose(-updates["a"], 0.1 / 0.001**0.5, rtol=1e-3)
+
+
+def test_reset_of_parameters_in_a_tuple():
+    """A tuple of parameters is built like a tuple of states."""
+    params = (jnp.ones(2), jnp.ones(3))
+    rule = theirs(jr.adam())
+    new = reset(rule, trained(rule, params), params, "0")
+    state = new.inner_state[0][0]
+    assert (state.count, new.count) == (3, 3)
+    assert [bool((m == 0).all()) for m in (*state.m, *new.mu)] == [True, False, True, False]
+
+
+def test_reset_refuses():
+    with pytest.raises(ValueError, match="the pattern 'x' matches none of 'b', 'w'"):
+        reset(jr.adam(), trained(jr.adam()), PARAMS, "x")
+    with pytest.raises(ValueError, match="the state is made of StepState, and the rule makes AdamState, StepState"):
+        reset(jr.adam(), jr.sgd(0.1).init(PARAMS), PARAMS, "w")
+    with pytest.raises(ValueError, match="the state's m must be a tree like the parameters"):
+        reset(jr.adam(), trained(jr.adam(), {"w": PARAMS["w"]}), PARAMS, "w")
+
+
+class NoiseState(NamedTuple):
+    count: Any
+    hyper: Any
+    key: Any
+    m: Any
+
+
+def _noise(g, m, *, key, scale):
+    return g + scale * jax.random.normal(key, g.shape, g.dtype), (m + g,)
+
+
+def noisy(seed):
+    half = {"m": lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16)}
+    return jr.leafwise(_noise, NoiseState, slots=half, key=jax.random.key(seed, impl="rbg"), scale=0.1)
+
+
+def through_a_file(arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    file.seek(0)
+    return np.load(file)
+
+
+def test_a_state_through_a_file():
+    rule = theirs(wrap(jr.chain(jr.clip_grad(1.0), noisy(1), jr.adamw(jr.Linear(0.1, 5)))))
+    state = trained(rule)
+    saved = state_dict(state)
+    assert list(saved) == leaf_names(state)
+    assert all(type(x) is np.ndarray and x.flags.c_contiguous for x in saved.values())
+    assert saved["noise.key"].dtype == np.uint32
+    assert saved["adam.m.w"].shape == (2, 3)
+    assert saved["adam.count"].shape == ()
+    for source in (saved, through_a_file(saved)):
+        loaded, report = load_state_dict(rule.init(PARAMS), source)
+        assert str(report) == "everything was loaded"
+        assert report == ((), (), (), ())
+        chex.assert_trees_all_equal_shapes_and_dtypes(loaded, state)
+        assert not any(x.weak_type for x in jax.tree.leaves(loaded) if hasattr(x, "weak_type"))
+        assert same(loaded, state)
+
+
+def test_a_state_goes_on_behind_other_hooks_and_wrappers():
+    saved = state_dict(trained(jr.adamw(jr.Constant(0.1))))
+    rule = wrap(jr.chain(jr.clip_grad(1.0), jr.adamw(0.2)))
+    with pytest.raises(ValueError, match=r"the saved state does not fit: wrap.count is missing, .*, and 3 more"):
+        load_state_dict(rule.init(PARAMS), saved)
+    state, report = load_state_dict(rule.init(PARAMS), saved, strict=False)
+    assert {name.partition(".")[0] for name in report.missing} == {"wrap", "clip"}
+    assert not report.unexpected
+    assert find(state, AdamState).count == 3
+    assert hyperparams(state)["learning_rate"] == np.float32(0.1)
+    rule.update(PARAMS, state, PARAMS)
+    state, report = load_state_dict(rule.init(PARAMS), saved, strict=False, hyperparams="new")
+    assert "wrap.hyper.speed" not in report.missing
+    assert hyperparams(state)["learning_rate"] == np.float32(0.2)
+    assert find(state, AdamState).count == 3
+
+
+def test_what_does_not_fit():
+    saved = state_dict(trained(jr.adam()))
+    template = jr.adam().init(PARAMS)
+    saved["adam.m.w"] = np.ones((3, 3))
+    saved["adam.v.w"] = np.ones((2, 3), complex)
+    saved["step.count"] = np.float64(1)
+    saved["sgd.hyper.momentum"] = np.float64(1)
+    del saved["adam.v.b"]
+    state, report = load_state_dict(template, saved, strict=False)
+    assert report.missing == ("adam.v.b",)
+    assert report.unexpected == ("sgd.hyper.momentum",)
+    assert report.reshaped == (("adam.m.w", (3, 3), (2, 3)),)
+    assert report.retyped == (("adam.v.w", "complex128", "float32"), ("step.count", "float64", "int32"))
+    assert "adam.m.w has shape (3, 3), not (2, 3)\n" in str(report)
+    assert (state[0].m["w"] == 0).all()
+    assert (state[0].m["b"] != 0).all()
+    assert (state[0].count, state[1].count) == (3, 0)
+    assert not load_state_dict(template, saved, strict=False, hyperparams="new")[1].unexpected
+    with pytest.raises(ValueError, match=r"adam.v.b is missing, sgd.hyper.momentum is unexpected, adam.m.w has shape"):
+        load_state_dict(template, saved)
+    with pytest.raises(ValueError, match="hyperparams is 'saved' or 'new'"):
+        load_state_dict(template, saved, hyperparams="old")
+
+
+@pytest.mark.parametrize("name", ["step.hyper.learning_rate", "adam.hyper.one_minus_b1"])
+def test_saved_hyperparameters_are_checked(name):
+    saved = state_dict(jr.adam().init(PARAMS)) | {name: np.float32(-1)}
+    with pytest.raises(ValueError, match=r"learning_rate must be at least 0|b1 must lie in \[0, 1\)"):
+        load_state_dict(jr.adam().init(PARAMS), saved)
+    load_state_dict(jr.adam().init(PARAMS), saved, hyperparams="new")
+
+
+def test_a_state_is_loaded_where_the_template_is():
+    params = jax.device_put(PARAMS, jax.devices()[1])
+    state, _ = load_state_dict(jr.adam().init(params), state_dict(trained(jr.adam())))
+    assert all(x.devices() == {jax.devices()[1]} for x in jax.tree.leaves(state))

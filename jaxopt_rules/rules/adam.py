@@ -4,7 +4,8 @@ from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
-from jaxopt_rules.apply import step
+from jaxopt_rules import hooks
+from jaxopt_rules.apply import Decay, step
 from jaxopt_rules.compose import chain
 from jaxopt_rules.lift import leafwise, real_zeros
 from jaxopt_rules.numerics import abs2, debias, ema, one_minus_power, sqrt
@@ -120,6 +121,8 @@ def adamw(
     *,
     weight_decay: float | Schedule = 0.01,
     where: Selector | None = None,
+    decay: Decay | Literal["l2"] = "decoupled",
+    peak: float | Schedule | None = None,
     bias_correction: BiasCorrection = "moments",
 ) -> Rule:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2).
@@ -127,24 +130,32 @@ def adamw(
         "moments":  θ ← θ − α (d + λ θ)                    d as in `adam`
         "step":     θ ← θ − α (d + c λ θ)                  c = √(1 − β₂ᵗ) / (1 − β₁ᵗ)
 
-    where λ applies: `where` selects the leaves that decay (`"**/w"`, or `lambda path, p: p.ndim > 1`).
+    where λ applies: `where` selects the leaves that decay (`"**/w"`, or `lambda path, p: p.ndim > 1`). `decay` and
+    `peak` choose another form of decay, as `step` describes them; besides those there is `decay="l2"`, where
+    g ← g + λ θ in front of the moments: PyTorch's `Adam(weight_decay=λ)`.
 
-    Memory: 2 slots, 8 bytes per float32 parameter.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
     `bias_correction="step"` is the documented class `AdamW`: the corrected rate multiplies the decay too, so that with
-    the usual betas it begins at a third of α λ, falls to 0.15 of it near t = 12 and then rises to all of it.
+    the usual betas it begins at a third of α λ, falls to 0.15 of it near t = 12 and then rises to all of it. It
+    has no other form of decay.
 
-    Differs from the paper, whose decay is not multiplied by α; from Optax in the default λ (1e-4 there, 0.01 here
-    and in PyTorch).
+    Differs from the paper, whose decay is not multiplied by α (`decay="independent"` is the paper's); from Optax in the
+    default λ (1e-4 there, 0.01 here and in PyTorch).
     """
     _check_bias_correction(bias_correction)
     if bias_correction == "moments":
-        return chain(adam_direction(b1, b2, eps), step(learning_rate, weight_decay, where))
+        if decay == "l2":
+            hook = hooks.weight_decay(weight_decay, where)
+            return chain(hook, adam_direction(b1, b2, eps), step(learning_rate, peak=peak))
+        return chain(adam_direction(b1, b2, eps), step(learning_rate, weight_decay, where, decay=decay, peak=peak))
+    if decay != "decoupled" or peak is not None:
+        raise ValueError('adamw: bias_correction="step" has decoupled decay alone; others need "moments"')
     return leafwise(
         _adamw_step,
         AdamState,
         slots={"v": real_zeros},
-        terminal=True,
+        place="end",
         where={"weight_decay": where},
         learning_rate=learning_rate,
         b1=b1,

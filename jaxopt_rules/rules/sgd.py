@@ -38,6 +38,9 @@ def momentum_direction(momentum: float | Schedule = 0.9, nesterov: bool = False)
     return leafwise(_nesterov if nesterov else _velocity, VelocityState, momentum=momentum)
 
 
+trace = momentum_direction
+
+
 @constructor
 def sgd(learning_rate: float | Schedule, momentum: float | Schedule | None = None, nesterov: bool = False) -> Rule:
     """Stochastic gradient descent, with momentum (Polyak 1964) and Nesterov's form of it where asked for.
@@ -81,4 +84,4 @@ def momentum(learning_rate: float | Schedule, momentum: float | Schedule = 0.9) 
 
     Differs from `sgd(learning_rate, momentum)`, PyTorch and Optax, where a new α acts on the whole velocity.
     """
-    return leafwise(_momentum, MomentumState, terminal=True, learning_rate=learning_rate, momentum=momentum)
+    return leafwise(_momentum, MomentumState, place="end", learning_rate=learning_rate, momentum=momentum)
