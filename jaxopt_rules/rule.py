@@ -181,6 +181,10 @@ class Written:
         return f"{self.constructor.__name__}({', '.join(shown)})"
 
 
+def _is_prng_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 def _hashable(value: Any) -> Any:
     """A stand-in for an argument that compares and hashes by value. Traced arrays have none and raise."""
     if isinstance(value, Mapping):
@@ -189,7 +193,7 @@ def _hashable(value: Any) -> Any:
         return tuple(_hashable(item) for item in value)
     if isinstance(value, Tracer):
         raise TypeError("a rule with a traced hyperparameter cannot be compared or hashed")
-    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if _is_prng_key(value):
         return str(value.dtype), _hashable(jax.random.key_data(value))
     if isinstance(value, jax.Array | np.ndarray):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
@@ -204,6 +208,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if _is_prng_key(value) and not isinstance(value, Tracer):
+        return f"wrap_key_data({jax.random.key_data(value).tolist()})"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         return str(value.item()) if np.ndim(value) == 0 else repr(value)
     if callable(value) and not isinstance(value, Rule) and hasattr(value, "__name__"):

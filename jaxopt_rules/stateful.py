@@ -361,13 +361,17 @@ class Optimizer:
 
     @property
     def hyperparams(self) -> dict[str, float]:
-        """The hyperparameters of the rule and of the hooks, as numbers. See `jaxopt_rules.hyperparams`."""
-        return {name: _shortest(value) for name, value in hyperparams(self._state).items()}
+        """The hyperparameters of the rule and of the hooks, as numbers. See `jaxopt_rules.hyperparams`.
+
+        Those of the rule are fields, `opt.learning_rate = 1e-4`; those of groups have a dot in their name:
+        `setattr(opt, "matrix.learning_rate", 1e-4)`.
+        """
+        return {name.removeprefix("rule."): _shortest(value) for name, value in hyperparams(self._state).items()}
 
     @property
     def metrics(self) -> dict[str, float]:
         """What the last update recorded, as numbers. See `jaxopt_rules.metrics`."""
-        return {name: _shortest(value) for name, value in metrics(self._state).items()}
+        return {name.removeprefix("rule."): _shortest(value) for name, value in metrics(self._state).items()}
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._field_names())

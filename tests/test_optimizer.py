@@ -272,7 +272,7 @@ def test_metrics_and_hyperparams_are_numbers():
     assert opt.metrics == {"learning_rate": 0.1, "grad_norm": 3.0}
     assert opt.hyperparams["max_norm"] == 1.0
     assert opt.hyperparams["hook.weight_decay"] == 0.5
-    assert opt.hyperparams["rule.weight_decay"] == 0.01
+    assert opt.hyperparams["weight_decay"] == 0.01
 
 
 # Hooks
