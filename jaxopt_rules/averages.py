@@ -261,8 +261,10 @@ class WindowState(NamedTuple):
         def mean(p: Any, recent: Array) -> Array:
             taken = jnp.minimum(self.samples, recent.shape[0])
             of_taken = (jnp.arange(recent.shape[0]) < taken).reshape(-1, *[1] * p.ndim)
-            total = jnp.sum(jnp.where(of_taken, recent, 0), 0) / jnp.maximum(taken, 1).astype(recent.real.dtype)
-            return jnp.where(taken > 0, total, p.astype(total.dtype))
+            # By differences, so that the mean of equal numbers is that number.
+            total = jnp.sum(jnp.where(of_taken, recent - recent[0], 0), 0)
+            joined = recent[0] + total / jnp.maximum(taken, 1).astype(recent.real.dtype)
+            return jnp.where(taken > 0, joined, p.astype(joined.dtype))
 
         return _evaluated(params, self.recent, mean)
 

@@ -175,6 +175,8 @@ def identity() -> Definition:
 
 Owners = Callable[[Sequence[str], Sequence[Any]], list[Any]]
 
+FROZEN = Share(group="frozen", rate=0.0)
+
 
 class _Cut:
     """The trees of one update, and which leaves belong to which rule."""
@@ -190,6 +192,9 @@ class _Cut:
         offsets = itertools.accumulate([0, *sizes[:-1]])
         self.of_gradients = [self.owners[i] if size else None for i, size in zip(offsets, sizes, strict=bool(sizes))]
         self.gs, self.params, self.extra = gs, params, extra
+        # Here, since to its rule a leaf of another group is absent, whatever it is.
+        for k, (g, p) in enumerate(zip(gs, [None] * len(gs) if params is None else parts, strict=True)):
+            trees.check_gradient(lambda k=k: trees.paths(grads)[k], g, p)
 
     def grads_of(self, label: Any) -> Any:
         return jax.tree.unflatten(self.treedef, _only(self.gs, self.of_gradients, label))
@@ -200,12 +205,13 @@ class _Cut:
         return jax.tree.unflatten(self.structure, _only(self.leaves, self.owners, label))
 
     def extra_of(self, label: Any) -> dict[str, Any]:
-        """Extra arguments; trees like the gradients are cut like them."""
+        """Extra arguments; trees like the gradients or the parameters are cut like them."""
+        owners = {self.structure: self.owners, self.treedef: self.of_gradients}
 
         def cut(value: Any) -> Any:
             leaves, treedef = trees.flatten(value)
-            whole = treedef != self.treedef or treedef == jax.tree.structure(0)
-            return value if whole else jax.tree.unflatten(treedef, _only(leaves, self.of_gradients, label))
+            whole = treedef not in owners or treedef == jax.tree.structure(0)
+            return value if whole else jax.tree.unflatten(treedef, _only(leaves, owners[treedef], label))
 
         return {name: cut(value) for name, value in self.extra.items()}
 
@@ -227,7 +233,7 @@ class _Groups(Composed):
 
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         owners = self.owners(paths, leaves)
-        shares = [Share() if self.passes or not is_inexact(p) else Share(group="frozen") for p in leaves]
+        shares = [Share() if self.passes or not is_inexact(p) else FROZEN for p in leaves]
         for name, rule in self.rules.items():
             own = Share(group=name if self.labelled else "")
             for k, share in enumerate(definition_of(rule).shares(paths, _only(leaves, owners, name))):
@@ -305,6 +311,10 @@ def partition(rules: Mapping[str, Rule], by: By) -> Definition:
       ValueError: some rules give updates and others directions; when it is used on a tree: a leaf belongs to two groups
         or to none, or a pattern or a group matches nothing.
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"partition takes a dict of rules by label, not {rules!r}")
+    if unnamed := [name for name in rules if not isinstance(name, str)]:
+        raise TypeError(f"partition: labels are text, not {unnamed[0]!r}")
     members = {name: as_rule(rule, "partition") for name, rule in rules.items()}
     if not members:
         raise ValueError("partition needs at least one rule")
@@ -354,7 +364,9 @@ def freeze(rule: Rule, where: Selector) -> Definition:
 
     To the rule the frozen leaves are absent: their update is `None` and they stay as they are to the bit, whatever
     decays or normalises inside; they have no slots in its state and are in no norm of its. The state is that of the
-    rule. Put it around the whole: what stands in front of it in a chain still sees their gradients.
+    rule. Put it around the whole: what stands in front of it in a chain still sees their gradients. For
+    `optax.apply_updates` and `nnx.Optimizer`, which take no `None` for an update, there is
+    partition({"off": set_to_zero(), "on": rule}, {"off": where}).
 
     Memory: that of the rule, for the leaves that are trained.
 
@@ -425,10 +437,11 @@ def giving_updates(rule: Any, owner: str) -> Rule:
       ValueError: it gives gradients or directions.
     """
     member = as_rule(rule, owner)
-    if not definition_of(member).gives_updates:
+    if definition_of(member).place not in ("end", None):
         raise ValueError(
-            f"{owner} wraps a rule that gives updates, and {member!r} gives a direction: what stood behind {owner} "
-            f"would act on every call. Put it inside: {owner}(chain({member!r}, step(learning_rate)))"
+            f"{owner} wraps a whole optimizer, from the gradient to the update, and {member!r} is a part of one: what "
+            f"stood behind {owner} would act on every call. Put it inside: "
+            f"{owner}(chain({member!r}, step(learning_rate)))"
         )
     return member
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_rules import trees
+from jaxopt_rules.compose import FROZEN
 from jaxopt_rules.families import families
 from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.rule import Rule, as_rule, definition_of
@@ -21,11 +22,13 @@ def explain(rule: Rule, params: Any) -> Table:
     It prints as text, shows as a table in Jupyter, and `pandas.DataFrame(explain(rule, params).rows)` takes it. The
     columns are
 
-      leaf      its path; shape, dtype
+      leaf      its path
+      shape     and dtype, or the type of what is no array
       group     the label of its group in `partition`; "frozen" where `freeze` keeps it from the rule; "absent" where
                 it is no array of floating-point numbers
       decay     the weight decays that act on it and the rules that they are in
-      rate      what its updates are multiplied by besides the learning rate (`scale_by_path`, `layerwise_decay`)
+      rate      what its updates are multiplied by besides the learning rate (`scale_by_path`, `layerwise_decay`), at
+                first where that is a schedule; 0 where it is frozen
       slots     the memory that the rule keeps for it, by name
       bytes     the size of that
 
@@ -49,12 +52,18 @@ def explain(rule: Rule, params: Any) -> Table:
             whole[k] = shape
         return rule.init(jax.tree.unflatten(treedef, whole))
 
-    for family in families(jax.eval_shape(born, shapes)):
+    everything = list(families(jax.eval_shape(born, shapes)))
+    # Memory that belongs to no parameter is there without parameters. Where the tree is one array, no structure tells.
+    single = treedef == jax.tree.structure(0)
+    without = list(families(jax.eval_shape(lambda: rule.init(None)))) if single else everything
+    for family, bare in zip(everything, without, strict=True):
         for name in family.slots:
             try:
                 parts = treedef.flatten_up_to(getattr(family.state, name))
-            except ValueError:
+            except (ValueError, TypeError):
                 continue  # memory that belongs to no parameter
+            if single and jax.tree.leaves(getattr(bare.state, name)):
+                continue
             for k in arrays:
                 if size := sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(parts[k])):
                     slots[k].append((f"{family.name}.{name}", size))
@@ -63,14 +72,17 @@ def explain(rule: Rule, params: Any) -> Table:
         p = leaves[k]
         if p is None:
             continue
+        present, has_shape = is_inexact(p), hasattr(p, "shape") and hasattr(p, "dtype")
+        # Whatever stands around `freeze`, nothing of it reaches the parameter.
+        frozen = share.rate == FROZEN.rate and FROZEN.group in share.group.split("/")
         rows.append(
             (
                 paths[k],
-                str(tuple(p.shape)) if is_inexact(p) else "",
-                str(p.dtype) if is_inexact(p) else type(p).__name__,
-                share.group if is_inexact(p) else "absent",
-                ", ".join(share.decay),
-                share.rate if is_inexact(p) else "",
+                str(tuple(p.shape)) if has_shape else "",
+                str(p.dtype) if has_shape else type(p).__name__,
+                share.group if present else "absent",
+                ", ".join(() if frozen else share.decay),
+                float(share.rate) if present else "",
                 ", ".join(name for name, _ in slots[k]),
                 sum(size for _, size in slots[k]),
             )

@@ -466,7 +466,7 @@ def skip_spikes(
 ) -> Definition:
     """Takes no step where the gradient norm, or the loss, stands out from its last values.
 
-        x > mean + σ · std, over the last `window` finite x: nothing changes          else: the rule acts
+        x > mean + σ · std, over the last `window` finite x:  nothing changes, s ← s + 1          else: the rule acts
 
     As in OLMo's SkipStepOptimizer (Groeneveld et al. 2024): a spike enters the window like any value, so that a
     lasting change of level is accepted after a while, and nothing is skipped before half of the window is filled. A

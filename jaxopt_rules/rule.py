@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, ParamSpec, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ class Written:
         return f"{self.constructor.__name__}({', '.join(shown)})"
 
 
-def _is_prng_key(value: Any) -> bool:
+def _is_prng_key(value: Any) -> TypeGuard[jax.Array]:
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
@@ -208,7 +208,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    if _is_prng_key(value) and not isinstance(value, Tracer):
+    if not isinstance(value, Tracer) and _is_prng_key(value):
         return f"wrap_key_data({jax.random.key_data(value).tolist()})"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         return str(value.item()) if np.ndim(value) == 0 else repr(value)

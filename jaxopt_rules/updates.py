@@ -26,11 +26,17 @@ class ProjectState(NamedTuple):
 class _Projection:
     fn: Callable[[Array], Array]
 
+    def projected(self, x: Array) -> Array:
+        y = self.fn(x)
+        if jnp.shape(y) != x.shape:
+            raise ValueError(f"the projection gave the shape {jnp.shape(y)} for an array of shape {x.shape}")
+        return y
+
     def __call__(self, u: Array, *, p: Array, chosen: Array | None) -> Array:
         if chosen is None:
             return u
         x = p + u
-        y = self.fn(x)
+        y = self.projected(x)
         # What the projection leaves alone is updated as if it were not there, to the bit.
         return jnp.where(y == x, u, y - p)
 
@@ -62,7 +68,7 @@ def project(fn: Callable[[Array], Array], where: Selector | None = None) -> Defi
     sphere. `where` selects the leaves.
 
     Args:
-      fn: from an array to one of its shape, in float32 or wider; called on one leaf at a time.
+      fn: from an array, in float32 or wider, to one of its shape; called on one leaf at a time.
 
     Memory: none.
 
@@ -71,6 +77,7 @@ def project(fn: Callable[[Array], Array], where: Selector | None = None) -> Defi
 
     Raises:
       TypeError: `fn` is not callable.
+      ValueError: when it is used: `fn` gives an array of another shape.
     """
     if not callable(fn):
         raise TypeError(f"project takes a function of an array, not {fn!r}")

@@ -3,11 +3,44 @@
 Tests marked `x64` run in the second alone, all others in the first alone.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import jax
 import pytest
 
 # The laws about sharding need a mesh of more than one device.
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+# What XLA is told where a program is compiled for its values and runs once: to compile it is what it costs.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,  # not known to jax 0.12
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+@cache
+def quick_options() -> dict[str, int | bool]:
+    """Those that this version of XLA knows."""
+
+    def known(option: str) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options={option: QUICK[option]})()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" in str(error):
+                return False
+            raise
+        return True
+
+    return {option: QUICK[option] for option in QUICK if known(option)}
+
+
+def quick_jit(function: Callable, **keywords) -> Callable:
+    """`jax.jit` that compiles several times as fast; for values, not for facts about programs or their speed."""
+    return jax.jit(function, compiler_options=quick_options(), **keywords)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
 """One row per rule: how it is made, what it is held against, and what is particular about it."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Row:
     rate: float | None = None  # of a rule that gives updates; None: it gives gradients or directions
     leafwise: bool = True
     every: int = 1  # the rule inside acts in every k-th call
-    extra: dict | None = None  # passed to all calls
+    extra: Mapping[str, Any] = field(default_factory=dict)  # passed to all calls
     aligned: bool = True  # whether updates follow the gradient so closely that law 1 holds
 
 
@@ -220,13 +221,9 @@ ROWS = [
         "learning_rate",
         0.1,
     ),
-]
-
-# To be run, too: without a hyperparameter, or not equal at birth from shapes alone, or without a reference.
-OTHER_ROWS = [
     Row("centralize", lambda: jr.centralize(), pointwise(ref.centralize), None),
     Row("zero_nonfinite", lambda: jr.zero_nonfinite(), pointwise(lambda g, p: g), None),
-    Row("set_to_zero", lambda: jr.set_to_zero(), pointwise(lambda g, p: 0 * g), None),
+    Row("set_to_zero", lambda: jr.set_to_zero(), pointwise(lambda g, p: 0 * g), None, aligned=False),
     Row("sign", lambda: jr.sign(), pointwise(lambda g, p: np.sign(g)), None),
     Row(
         "stateless",
@@ -252,6 +249,10 @@ def by_matrix(path, p) -> str:
 
 def is_matrix(path, p) -> bool:
     return p.ndim == 2
+
+
+def is_vector(path, p) -> bool:
+    return p.ndim == 1
 
 
 def third(count):
@@ -294,7 +295,7 @@ WRAPPERS = [
         "accumulate_sum",
         lambda: jr.accumulate(jr.sgd(0.1, 0.9), 3, reduce="sum", nonfinite="keep"),
         lambda: ref.accumulate(VELOCITY_REFERENCE(), 3, np.sum),
-        "momentum",
+        "learning_rate",
         0.1,
         every=3,
     ),
@@ -321,6 +322,7 @@ WRAPPERS = [
         lambda: ref.when(ref.clip(2.0), odd, lambda g: g),
         "max_norm",
         leafwise=False,
+        every=2,
     ),
     Row(
         "lookahead",
@@ -341,7 +343,14 @@ WRAPPERS = [
         0.1,
         extra={"value": 1.0},
     ),
-    Row("record", lambda: jr.record("norm", jr.global_norm), ref.chain, None, leafwise=False),
+    Row(
+        "record",
+        lambda: jr.chain(jr.record("norm", jr.global_norm), jr.sgd(0.1)),
+        each(ref.step, 0.1),
+        "learning_rate",
+        0.1,
+        leafwise=False,
+    ),
     Row(
         "project",
         lambda: jr.chain(jr.sgd(0.1), jr.project(in_unit_box)),
@@ -367,8 +376,8 @@ WRAPPERS = [
     ),
     Row(
         "freeze",
-        lambda: jr.freeze(adamw(), is_matrix),
-        lambda: ref.partition({"rest": ADAMW_REFERENCE()}, lambda path, p: None if p.ndim == 2 else "rest"),
+        lambda: jr.freeze(adamw(), is_vector),
+        lambda: ref.partition({"rest": ADAMW_REFERENCE()}, lambda path, p: None if p.ndim == 1 else "rest"),
         "learning_rate",
         0.1,
     ),
@@ -377,7 +386,7 @@ WRAPPERS = [
         lambda: jr.skip_nonfinite(
             jr.accumulate(
                 jr.average(
-                    jr.lookahead(jr.partition({"matrix": jr.sgd(1.0), "rest": jr.sgd(1.0, 0.9)}, by_matrix), 2, 0.8)
+                    jr.lookahead(jr.partition({"matrix": jr.sgd(1.0), "rest": jr.sgd(1.0, 0.9)}, by_matrix), 1, 0.8)
                 ),
                 2,
             )
@@ -391,7 +400,7 @@ WRAPPERS = [
                     },
                     by_matrix,
                 ),
-                2,
+                1,
                 0.8,
             ),
             2,
@@ -403,3 +412,5 @@ WRAPPERS = [
         every=2,
     ),
 ]
+
+ROWS += WRAPPERS

@@ -25,7 +25,7 @@ def test_a_complex_tree_goes_through(row):
     state = rule.init(params)
     update = jax.jit(rule.update)
     for _ in range(2):
-        updates, after = update(grads, state, params, **(row.extra or {}))
+        updates, after = update(grads, state, params, **row.extra)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         state = after
     for u in jax.tree.leaves(updates):

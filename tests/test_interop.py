@@ -250,6 +250,181 @@ def test_selection_in_an_equinox_module():
     reset(jr.adamw(), state, model, "layers/0/*")
 
 
+# Rules for parts of a model, and of every kind
+
+GROUPS = {"kernel": jr.sgd(0.1, momentum=0.9), "rest": jr.adamw(0.1)}
+
+
+def groups_by_hand(kernels, rest, grads_of_kernels, grads_of_rest):
+    """One step of both rules, each on leaves of its own."""
+    new, _ = GROUPS["kernel"].apply(grads_of_kernels, GROUPS["kernel"].init(kernels), kernels)
+    others, _ = GROUPS["rest"].apply(grads_of_rest, GROUPS["rest"].init(rest), rest)
+    return new, others
+
+
+@pytest.mark.parametrize("by", [{"kernel": "**/kernel"}, {"kernel": matrices}, {"rest": ["**/bias", "**/scale"]}])
+def test_groups_by_pattern_in_nnx(by):
+    """Where labels are a tree, a dict of them does not fit `nnx.State` (google-deepmind/optax#1148, flax#3955)."""
+    nnx = pytest.importorskip("flax.nnx")
+    params = nnx.state(nnx_model(nnx), nnx.Param)
+    rule = jr.partition(GROUPS, by)
+    new, state = jax.jit(rule.apply)(params, rule.init(params), params)
+    assert type(new) is type(params)
+    flat = dict(zip(paths(params), jax.tree.leaves(params), strict=True))
+    kernels = {path: x for path, x in flat.items() if path.endswith("kernel")}
+    rest = {path: x for path, x in flat.items() if path not in kernels}
+    expected = groups_by_hand(kernels, rest, kernels, rest)
+    found = dict(zip(paths(new), jax.tree.leaves(new), strict=True))
+    chex.assert_trees_all_close(found, expected[0] | expected[1], rtol=1e-5, atol=1e-6)
+    assert {row.leaf: row.group for row in jr.explain(rule, params).rows} == {
+        path: "kernel" if path in kernels else "rest" for path in MODEL_PATHS
+    }
+    assert {name for name in state_dict(state) if ".v." in name and name.startswith("kernel")} == {
+        f"kernel.velocity.v.{path}" for path in kernels
+    }
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        jr.partition(GROUPS, {"kernel": "**/kernel"}),
+        jr.partition({"off": jr.set_to_zero(), "on": jr.adamw(0.1)}, {"off": "embed/*"}),
+        jr.chain(jr.masked(jr.clip_grad(0.1), "blocks/**"), jr.adamw(0.1, where="**/kernel")),
+        jr.chain(jr.adamw(0.1), jr.scale_by_path({"blocks/**": 0.5})),
+        jr.accumulate(jr.skip_nonfinite(jr.average(jr.partition(GROUPS, {"kernel": matrices}))), 2),
+    ],
+    ids=repr,
+)
+def test_patterns_in_nnx_optimizer(rule):
+    """The same training with `nnx.Optimizer` and with the rule on a plain `nnx.State`."""
+    nnx = pytest.importorskip("flax.nnx")
+    pytest.importorskip("optax")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+
+    def loss_fn(model):
+        return jnp.mean((model.norm(model.blocks[0](model.embed(x)), use_running_average=True) - 1) ** 2)
+
+    model = nnx_model(nnx)
+    optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
+    graph, params, rest = nnx.split(nnx_model(nnx), nnx.Param, ...)
+    start, state = params, rule.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda params: loss_fn(nnx.merge(graph, params, rest)))(params)
+        return rule.apply(grads, state, params)
+
+    @nnx.jit
+    def nnx_step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss_fn)(model))
+
+    for _ in range(4):
+        nnx_step(model, optimizer)
+        params, state = step(params, state)
+    trained = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(trained, nnx.to_pure_dict(params), rtol=1e-4, atol=1e-5)
+    frozen = bool((start["embed"]["kernel"][...] == trained["embed"]["kernel"]).all())
+    assert frozen == ("set_to_zero" in repr(rule))
+
+
+def test_frozen_leaves_of_an_nnx_state():
+    nnx = pytest.importorskip("flax.nnx")
+    params = nnx.state(nnx_model(nnx), nnx.Param)
+    rule = jr.freeze(jr.adamw(0.1, weight_decay=0.5), ["embed/*", "**/bias"])
+    new, state = jax.jit(rule.apply)(params, rule.init(params), params)
+    same = [
+        path for path, p, q in zip(paths(params), *map(jax.tree.leaves, (params, new)), strict=True) if (p == q).all()
+    ]
+    assert same == ["blocks/0/bias", "embed/bias", "embed/kernel", "norm/bias"]
+    assert {row.leaf for row in jr.explain(rule, params).rows if row.group == "frozen"} == set(same)
+    assert [name for name in state_dict(state) if ".m." in name] == ["adam.m.blocks/0/kernel", "adam.m.norm/scale"]
+
+
+EVERY_KIND = [
+    jr.sgd(0.1),
+    jr.sgd(0.1, momentum=0.9),
+    jr.momentum(0.1),
+    jr.adam(),
+    jr.adamw(where="**/weight"),
+    jr.adamw(decay="initial"),
+    jr.chain(jr.clip_by_global_norm(1.0), jr.weight_decay(0.1, matrices), jr.adamw()),
+    jr.chain(jr.clip_by_value(1.0), jr.centralize(), jr.zero_nonfinite(), jr.add_noise(0.1), jr.sgd(0.1)),
+    jr.chain(jr.adaptive_grad_clip(), jr.adam_direction(), jr.trust_ratio(), jr.step(0.1)),
+    jr.chain(jr.normalize(), jr.sign(), jr.scale_by_leaf_rms(), jr.step(0.1)),
+    jr.chain(jr.cautious(jr.adam_direction()), jr.step(0.1, 0.1)),
+    jr.chain(jr.grokfast(), jr.ema(0.9), jr.sgd(0.1)),
+    jr.chain(jr.stateless(lambda g: jax.tree.map(jnp.tanh, g)), jr.record("norm", jr.global_norm), jr.sgd(0.1)),
+    jr.chain(jr.adamw(), jr.project(lambda x: x.clip(-1, 1), "**/weight"), jr.scale_by_path({"**/bias": 2.0})),
+    jr.chain(jr.sgd(0.1), jr.layerwise_decay(0.5, ["layers/0/*", "layers/1/*"])),
+    jr.partition({"w": jr.sgd(0.1), "rest": jr.adamw()}, {"w": "**/weight"}),
+    jr.freeze(jr.adamw(), "layers/1/*"),
+    jr.chain(jr.masked(jr.clip_grad(1.0), "**/weight"), jr.adamw()),
+    jr.when(jr.adamw(), lambda count: count % 2 == 0),
+    jr.accumulate(jr.chain(jr.clip_grad(1.0), jr.adamw()), 1),
+    jr.skip_nonfinite(jr.adamw()),
+    jr.skip_spikes(jr.adamw()),
+    jr.average(jr.adamw()),
+    jr.average(jr.sgd(0.1), window=2),
+    jr.lookahead(jr.adamw(), 2),
+    jr.accumulate(jr.skip_nonfinite(jr.average(jr.lookahead(jr.partition(GROUPS, {"kernel": matrices})))), 1),
+]
+
+
+@pytest.mark.parametrize("rule", EVERY_KIND, ids=repr)
+def test_an_unfiltered_equinox_module(rule):
+    """Which of Optax's rules take one is a matter of luck (optax with equinox#69, #105, #590, #853)."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+
+    @eqx.filter_jit
+    def step(model, state):
+        grads = eqx.filter_grad(lambda model: jnp.mean((jax.vmap(model)(x) - 1) ** 2))(model)
+        return rule.apply(grads, state, model)
+
+    state = rule.init(model)
+    new, new_state = step(model, state)
+    new, new_state = step(new, new_state)
+    assert new.activation is model.activation
+    assert (new.layers[0].weight != model.layers[0].weight).any()
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    assert jax.tree.structure(jr.eval_params(new_state, new)) == jax.tree.structure(model)
+
+
+@pytest.mark.parametrize("rule", EVERY_KIND, ids=repr)
+def test_a_filtered_equinox_module_has_the_state_of_the_whole(rule):
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    filtered = eqx.filter(model, eqx.is_inexact_array)
+    assert leaf_names(rule.init(filtered)) == leaf_names(rule.init(model))
+
+
+def test_groups_by_pattern_in_an_equinox_module():
+    """A module is callable, and as a tree of labels it is called (google-deepmind/optax#913, equinox#193)."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    rule = jr.partition(GROUPS, {"kernel": "layers/*/weight"})
+    new, _ = eqx.filter_jit(rule.apply)(eqx.filter(model, eqx.is_inexact_array), rule.init(model), model)
+    kernels, rest = [layer.weight for layer in model.layers], [layer.bias for layer in model.layers]
+    expected = groups_by_hand(kernels, rest, kernels, rest)
+    chex.assert_trees_all_close([layer.weight for layer in new.layers], expected[0], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close([layer.bias for layer in new.layers], expected[1], rtol=1e-5, atol=1e-6)
+    table = {row.leaf: row.group for row in jr.explain(rule, model).rows if row.group != "absent"}
+    assert table == {
+        f"layers/{i}/{name}": "kernel" if name == "weight" else "rest" for i in (0, 1) for name in ("weight", "bias")
+    }
+
+
+def test_frozen_layers_of_an_equinox_module():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    opt = jr.Optimizer(jr.freeze(jr.adamw(0.1, weight_decay=0.5), "layers/0/*"))
+    new = opt.update(model, jax.tree.map(lambda x: x if eqx.is_inexact_array(x) else None, model))
+    chex.assert_trees_all_equal(new.layers[0].weight, model.layers[0].weight)
+    assert (new.layers[1].weight != model.layers[1].weight).all()
+    assert not [name for name in opt.state_dict(new) if "layers/0" in name]
+
+
 def test_states_of_optax_inside_ours_and_ours_inside_theirs(optax):
     rule = jr.chain(jr.clip_grad(1.0), optax.scale_by_adam(), jr.step(0.1))
     _, state = train(rule)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from table import ROWS, Row
 
@@ -30,6 +31,8 @@ def over(table: list[Row]) -> pytest.MarkDecorator:
 
 rows = over(ROWS)
 terminal_rows = over([row for row in ROWS if row.rate is not None])
+aligned_rows = over([row for row in ROWS if row.aligned])
+living_rows = over([row for row in ROWS if row.live is not None])
 leafwise_rows = over([row for row in ROWS if row.leafwise])
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 dtypes = pytest.mark.parametrize(
@@ -42,6 +45,7 @@ dtypes = pytest.mark.parametrize(
 )
 STEPS = 3
 PLAIN, HALF, ABOVE, BELOW, ZERO, CONSTANT = range(6)  # the runs of a probe
+RUN = ("w", "s", "empty")  # the parameters of the runs; the second of equal shape tells nothing there
 H = 1e-3  # of the finite differences, relative
 
 
@@ -57,12 +61,25 @@ def gradients(dtype: Any) -> dict[str, Any]:
     return {key: jnp.asarray(rng.normal(size=(STEPS, *p.shape)), dtype) for key, p in parameters(dtype).items()}
 
 
+def updated(row: Row, rule: jr.Rule, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    return rule.update(grads, state, params, **row.extra)
+
+
 def applied(row: Row, rule: jr.Rule, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """One step by `apply`; by the pair, of what gives no update and cannot be applied."""
     if row.rate is not None:
-        return rule.apply(grads, state, params)
-    updates, state = rule.update(grads, state, params)
+        return rule.apply(grads, state, params, **row.extra)
+    updates, state = updated(row, rule, grads, state, params)
     return jr.apply_updates(params, updates), state
+
+
+def opened(tree: Any) -> Any:
+    """The tree with the data of its PRNG keys in their place, which can be compared like any array."""
+
+    def data(x: Any) -> Any:
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return jax.tree.map(data, tree)
 
 
 class Probe:
@@ -71,60 +88,82 @@ class Probe:
     def __init__(self, row: Row, dtype: Any) -> None:
         rule = row.make()
         params, grads = parameters(dtype), gradients(dtype)
-        first = jax.tree.map(lambda g: g[0], grads)
-        zeros = jax.tree.map(jnp.zeros_like, grads)
-        constant = jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), grads)
         state = rule.init(params)
         # Half of it, so that a decay rate near 1 leaves room for a difference above.
-        value = jr.hyperparams(state)[row.live] / 2
+        value = jnp.ones(()) if row.live is None else jr.hyperparams(state)[row.live] / 2
+        update = partial(updated, row, rule)
 
-        def run(case):
-            """STEPS updates in a scan, with the live hyperparameter at a value: (params, state, updates)."""
-            value, grads = case
+        def living(state, value):
+            return state if row.live is None else jr.set_hyperparams(state, **{row.live: value})
 
-            def body(carry, g):
-                params, state = carry
-                updates, state = rule.update(g, state, params)
-                return (jr.apply_updates(params, updates), state), updates
+        def body(carry, g):
+            params, state = carry
+            updates, state = update(g, state, params)
+            return (jr.apply_updates(params, updates), state), updates
 
-            start = params, jr.set_hyperparams(state, **{row.live: value})
-            (end, last), updates = jax.lax.scan(body, start, grads)
-            return end, last, updates
+        def acted(grads, state, params):
+            """The first update in which a rule acts that acts in every k-th call: (updates, state)."""
+            for _ in range(row.every):
+                updates, state = update(grads, state, params)
+            return updates, state
 
-        def total(value, grads):
-            return sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(run((value, grads))[2]))
+        def applied_until_acted(grads, state, params):
+            for _ in range(row.every):
+                params, state = applied(row, rule, grads, state, params)
+            return params, state
 
-        def program():
+        def program(params, state, born, parts, grads, value):
+            first = jax.tree.map(lambda g: g[0], grads)
+            start = {key: params[key] for key in RUN}
+            grads = {key: grads[key] for key in RUN}
+            zeros = jax.tree.map(jnp.zeros_like, grads)
+            constant = jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), grads)
             values = value * jnp.array([1, 0.5, 1 + H, 1 - H, 1, 1], value.dtype)
             sequences = [grads, grads, grads, grads, zeros, constant]
             cases = values, jax.tree.map(lambda *g: jnp.stack(g), *sequences)
+
+            def run(case):
+                """STEPS updates in a scan, with the live hyperparameter at a value: (params, state, updates)."""
+                value, grads = case
+                (end, last), updates = jax.lax.scan(body, (start, living(born, value)), grads)
+                return end, opened(last), updates
+
+            def total(value, grads):
+                facts = run((value, grads))
+                return sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(facts[2])), facts
+
+            (totals, runs), slopes = jax.lax.map(lambda case: jax.value_and_grad(total, has_aux=True)(*case), cases)
             return {
-                "runs": jax.lax.map(run, cases),
+                "runs": runs,
+                "totals": totals,
+                "slopes": slopes,
                 "vmapped": jax.vmap(run)(cases),
-                "slopes": jax.lax.map(
-                    lambda case: jax.grad(total)(*case), jax.tree.map(lambda x: x[jnp.array([PLAIN, ZERO])], cases)
-                ),
-                "updated": rule.update(first | {"w": None}, state, params),
-                "applied": applied(row, rule, first | {"w": None}, state, params),
-                "alone": {
-                    key: rule.update({key: first[key]}, rule.init({key: params[key]}), {key: params[key]})[0][key]
-                    for key in first
-                },
-                "together": rule.update(first, state, params)[0],
+                "updated": opened(acted(first | {"w": None}, state, params)),
+                "applied": opened(applied_until_acted(first | {"w": None}, state, params)),
+                "alone": {key: acted({key: first[key]}, parts[key], {key: params[key]})[0][key] for key in first},
+                "together": acted(first, state, params)[0],
             }
 
         self.params, self.grads, self.state, self.value = params, grads, state, value
-        facts = jax.jit(program)()
-        self.runs, self.vmapped, self.slopes = facts["runs"], facts["vmapped"], facts["slopes"]
-        self.updated, self.applied = facts["updated"], facts["applied"]
+        born = rule.init({key: params[key] for key in RUN})
+        parts = {key: rule.init({key: p}) for key, p in params.items()}
+        facts = quick_jit(program)(params, state, born, parts, grads, value)
+        self.runs, self.totals, self.slopes = facts["runs"], facts["totals"], facts["slopes"]
+        self.vmapped, self.updated, self.applied = facts["vmapped"], facts["updated"], facts["applied"]
         self.alone, self.together = facts["alone"], facts["together"]
-        self.totals = sum(jnp.sum(jnp.square(u), range(1, u.ndim)) for u in jax.tree.leaves(self.runs[2]))
 
     def run(self, case: int) -> tuple[Any, Any, Any]:
         return jax.tree.map(lambda x: x[case], self.runs)
 
 
-probe = cache(Probe)
+@cache
+def probed(name: str, dtype: Any) -> Probe:
+    (row,) = (row for row in ROWS if row.name == name)
+    return Probe(row, dtype)
+
+
+def probe(row: Row, dtype: Any) -> Probe:
+    return probed(row.name, dtype)  # rows with a dict do not hash
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +184,7 @@ def finite(tree: Any) -> bool:
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 
-@rows
+@aligned_rows
 def test_1_one_sign(row):
     updates = probe(row, jnp.float32).run(CONSTANT)[2]
     grads = gradients(jnp.float32)
@@ -158,8 +197,9 @@ def test_1_one_sign(row):
 def test_2_one_clock(row, dtype):
     facts = probe(row, dtype)
     assert set(counts(facts.state)) <= {0}
-    assert set(counts(facts.run(PLAIN)[1])) <= {STEPS}
-    assert set(counts(facts.updated[1])) <= {1}
+    # Of a rule that acts in every k-th call, some clocks tell calls and others how often it has acted.
+    assert set(counts(facts.run(PLAIN)[1])) <= {STEPS, STEPS // row.every}
+    assert set(counts(facts.updated[1])) <= {row.every, 1}
 
 
 @rows
@@ -167,10 +207,11 @@ def test_2_one_clock(row, dtype):
 def test_3_a_missing_gradient_changes_nothing(row, dtype):
     facts = probe(row, dtype)
     updates, state = facts.updated
-    assert updates["w"] is None
+    # What acts in every k-th call cannot tell in its structure: there, the update is −0.
+    assert updates["w"] is None or (row.every > 1 and not np.any(updates["w"]))
     assert all(updates[key] is not None for key in ("u", "s", "empty"))
     np.testing.assert_array_equal(facts.applied[0]["w"], facts.params["w"])
-    chex.assert_trees_all_equal(of_w(facts.state), of_w(state))
+    chex.assert_trees_all_equal(of_w(opened(facts.state)), of_w(state))
 
 
 @rows
@@ -181,7 +222,7 @@ def test_3_leaves_that_are_no_inexact_arrays_are_absent(row):
     float0 = np.zeros(3, jax.dtypes.float0)
     grads = {"w": jnp.ones((2, 2)), "n": float0, "f": None, "none": None, "key": None, "rate": None}
     state = rule.init(params)
-    updates, after = rule.update(grads, state, params)
+    updates, after = updated(row, rule, grads, state, params)
     assert {key for key, u in updates.items() if u is not None} == {"w"}
     assert jax.tree.structure(after) == jax.tree.structure(state)
     new, _ = applied(row, rule, grads, state, params)
@@ -195,7 +236,7 @@ def test_4_fixed_point(row, dtype):
     state = rule.init(params)
     for other in [*DTYPES, jnp.float64] if jax.config.read("jax_enable_x64") else DTYPES:
         grads = jax.tree.map(lambda p, other=other: p.astype(other), params)
-        _, after = jax.eval_shape(rule.update, grads, state, params)
+        _, after = jax.eval_shape(partial(updated, row, rule), grads, state, params)
         new, also = jax.eval_shape(partial(applied, row, rule), grads, state, params)
         for result in (after, also):
             chex.assert_trees_all_equal_structs(state, result)
@@ -212,19 +253,21 @@ def test_4_scalars_live_on_the_mesh_of_the_parameters(row):
     params = {"w": jax.device_put(jnp.ones((4, 2)), over_x), "b": jax.device_put(jnp.ones(3), everywhere)}
     state = rule.init(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        expected = over_x if jax.tree_util.DictKey("w") in path else everywhere
-        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
-    apply = jax.jit(chex.assert_max_traces(lambda p, s: applied(row, rule, p, s, p), n=1))
+        like_w = jax.tree_util.DictKey("w") in path and leaf.shape == params["w"].shape
+        placed = leaf.sharding.is_equivalent_to(over_x if like_w else everywhere, leaf.ndim)
+        # What is of `w` in another shape, such as the sums of its rows, may be anywhere on the mesh, but stays there.
+        of_another_shape = jax.tree_util.DictKey("w") in path and leaf.ndim and not like_w
+        assert placed or of_another_shape, path
     born = jax.tree.map(lambda x: x.sharding, state)
+
+    def stays(state: Any) -> bool:
+        return jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, born))
+
+    apply = quick_jit(chex.assert_max_traces(lambda p, s: applied(row, rule, p, s, p), n=1))
     params, state = apply(params, state)
     params, state = apply(params, state)
-    assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, born) == jax.tree.map(
-        lambda _: True, born
-    )
-    jitted = jax.jit(rule.init, out_shardings=born)(params)
-    assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), jitted, born) == jax.tree.map(
-        lambda _: True, born
-    )
+    assert stays(state)
+    assert stays(quick_jit(rule.init, out_shardings=born)(params))
 
 
 @rows
@@ -244,7 +287,7 @@ def test_5_a_zero_gradient_makes_no_nan(row, dtype):
     assert finite(facts.slopes)
 
 
-@rows
+@living_rows
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
@@ -256,20 +299,22 @@ def test_5_slope_of_a_live_value_is_that_of_finite_differences(row, dtype, toler
     facts = probe(row, dtype)
     difference = (facts.totals[ABOVE] - facts.totals[BELOW]) / (2 * H * facts.value)
     noise = tolerance * facts.totals[PLAIN] / facts.value
-    np.testing.assert_allclose(facts.slopes[0], difference, rtol=tolerance, atol=noise)
+    np.testing.assert_allclose(facts.slopes[PLAIN], difference, rtol=tolerance, atol=noise)
 
 
 @leafwise_rows
 @dtypes
 def test_6_locality(row, dtype):
     facts = probe(row, dtype)
-    chex.assert_trees_all_equal(facts.alone, facts.together)
+    # A few roundings may differ: XLA fuses what several leaves share into other kernels than what one has alone.
+    tolerance = 8 * float(jnp.finfo(widened(dtype)).eps)
+    chex.assert_trees_all_close(facts.alone, facts.together, rtol=tolerance, atol=tolerance)
 
 
 @rows
 def test_8_no_two_leaves_share_a_buffer(row):
     params = parameters(jnp.float32)
-    leaves = [x for x in jax.tree.leaves((params, row.make().init(params))) if x.size]
+    leaves = [x for x in jax.tree.leaves(opened((params, row.make().init(params)))) if x.size]
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
 
 
@@ -282,16 +327,17 @@ def test_9_abstract_birth(row, dtype):
     abstract = jax.eval_shape(rule.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
     assert not any(x.weak_type for x in jax.tree.leaves(abstract))
-    chex.assert_trees_all_equal(state, rule.init(shapes))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    chex.assert_trees_all_equal(opened(rule.init(zeros)), opened(rule.init(shapes)))
 
 
-@rows
+@aligned_rows
 def test_10_one_compiled_update(row):
     """Values change without a retrace, parameters and state are donated, and a `None` pattern is traced once."""
     rule = row.make()
     facts = probe(row, jnp.float32)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(quick_jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(n=2)
     def apply(params, state, grads):
         return applied(row, rule, grads, state, params)
@@ -331,7 +377,7 @@ def test_pair_and_apply_give_the_same(row, dtype):
     chex.assert_trees_all_close(facts.applied, pair, rtol=tolerance, atol=tolerance)
 
 
-@rows
+@living_rows
 @dtypes
 def test_vmap_over_a_live_value_equals_separate_runs(row, dtype):
     facts = probe(row, dtype)

@@ -17,12 +17,18 @@ FEW_KB = 4096
 LEAF = SHAPE[0] * SHAPE[1] * 4
 
 
-def compiled(rule, grad_dtype=jnp.float32, dtype=jnp.float32):
-    params = {str(i): jnp.ones(SHAPE, dtype) for i in range(LEAVES)}
+PARAMS = {str(i): jnp.ones(SHAPE) for i in range(LEAVES)}
+
+
+def compiled(rule, grad_dtype=jnp.float32, dtype=jnp.float32, by_pair=False, **extra):
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     grads = jax.tree.map(lambda p: p.astype(grad_dtype), params)
 
     def step(params, state, grads):
-        return rule.apply(grads, state, params)
+        if not by_pair:
+            return rule.apply(grads, state, params, **extra)
+        updates, state = rule.update(grads, state, params, **extra)
+        return jr.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, rule.init(params), grads).compile()
 
@@ -61,6 +67,55 @@ def test_parameters_in_bfloat16_need_none_either():
     program = compiled(jr.chain(CLIP, jr.adamw()), jnp.bfloat16, jnp.bfloat16)
     assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
     assert copies(program) == 0
+
+
+def modes(rule):
+    return [jr.accumulate(rule, 4, reduce=r, nonfinite=n) for r in ("mean", "sum") for n in ("drop", "keep")]
+
+
+CLIPPED = jr.chain(CLIP, jr.adamw())
+GATES = [
+    *modes(jr.adamw()),
+    *modes(CLIPPED),
+    jr.accumulate(jr.skip_nonfinite(jr.adamw()), 4),
+    jr.accumulate(jr.average(jr.adamw()), 4),
+    jr.skip_nonfinite(jr.adamw()),
+    jr.skip_nonfinite(CLIPPED),
+    jr.skip_spikes(jr.adamw()),
+    jr.skip_spikes(CLIPPED),
+    jr.skip_spikes(CLIPPED, of="value"),
+]
+AVERAGES = [
+    jr.average(jr.adamw()),
+    jr.average(jr.adamw(), 0.99, warmup=True, debias=False, start=2, every=3),
+    jr.average(jr.adamw(), None),
+    jr.average(jr.adamw(), window=3),
+    jr.average(CLIPPED, window=3, every=4),
+]
+BEHIND = [jr.chain(jr.adamw(), jr.reduce_on_plateau()), jr.chain(jr.adamw(), jr.project(jax.nn.relu))]
+PARTS = [
+    jr.partition({"a": jr.sgd(0.1, 0.9), "b": jr.adamw()}, by={"a": ["1", "2"]}),
+    jr.freeze(CLIPPED, "1"),
+]
+
+
+@pytest.mark.parametrize("rule", [*GATES, *AVERAGES, *BEHIND, *PARTS], ids=repr)
+def test_around_a_rule_there_are_no_temporaries_and_no_copies(rule):
+    program = compiled(rule, value=1.0)
+    assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
+    assert copies(program) == 0
+
+
+@pytest.mark.parametrize("rule", GATES, ids=repr)
+def test_through_the_pair_a_gate_needs_less_than_its_slots(rule):
+    slots = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(rule.init, PARAMS)) if x.ndim)
+    assert compiled(rule, by_pair=True, value=1.0).memory_analysis().temp_size_in_bytes <= slots
+
+
+def test_lookahead_copies_the_slow_weights_into_the_fast_ones_and_nothing_else():
+    program = compiled(jr.lookahead(jr.adamw()))
+    assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
+    assert copies(program) <= LEAVES
 
 
 def test_the_probe_sees_temporaries_where_there_are_some():

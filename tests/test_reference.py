@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 from table import ROWS
 
 STEPS = 50
@@ -30,25 +31,36 @@ def sequence(seed: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarra
 def test_matches_the_paper(row, dtype, tolerance):
     rule, reference = row.make(), row.reference()
     next(reference)
-    exact, grads = sequence(seed=len(row.name))
+    exact, sequence_of_grads = sequence(seed=len(row.name))
 
-    def cast(tree):
-        return {key: jnp.asarray(x, dtype) for key, x in tree.items()}
+    def rounded(tree):
+        return {key: np.asarray(jnp.asarray(x, dtype), np.float64) for key, x in tree.items()}
 
-    state = rule.init(cast(exact))
-    update = jax.jit(rule.update)
-    # Where signs cancel, what is left of a sum keeps the rounding errors of its terms: errors are measured by the
-    # largest result that an element has had, and by 1 (times the rate, of an update) where all of them were smaller.
-    largest = {key: np.full(shape, row.rate or 1.0) for key, shape in SHAPES.items()}
-    for g in grads:
-        rounded = {key: np.asarray(x, np.float64) for key, x in cast(g).items()}
-        params = {key: np.asarray(x, np.float64) for key, x in cast(exact).items()}
-        expected = reference.send((rounded, params))
-        actual, state = update(cast(g), state, cast(params))
-        for key, value in expected.items():
-            largest[key] = np.maximum(largest[key], np.abs(value))
-            assert actual[key].dtype == dtype
-            error = np.abs(np.asarray(actual[key], np.float64) - value) / largest[key]
-            assert error.max(initial=0) <= tolerance, key
-        moved = expected if row.rate else {key: np.zeros(shape) for key, shape in SHAPES.items()}
-        exact = {key: params[key] + moved[key] for key in SHAPES}
+    # The parameters are those of the reference, which is handed the same rounded values as the rule.
+    inputs, expected = [], []
+    for grads in map(rounded, sequence_of_grads):
+        params = rounded(exact)
+        inputs.append((grads, params))
+        expected.append(reference.send((grads, params)))
+        moved = expected[-1] if row.rate else dict.fromkeys(SHAPES)
+        exact = {key: params[key] if moved[key] is None else params[key] + moved[key] for key in SHAPES}
+
+    def update(state, given):
+        grads, params = given
+        updates, state = rule.update(grads, state, params, **row.extra)
+        return state, updates
+
+    inputs = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), dtype), *inputs)
+    born = rule.init({key: x[0] for key, x in inputs[1].items()})
+    _, actual = quick_jit(lambda state, given: jax.lax.scan(update, state, given))(born, inputs)
+    for key, shape in SHAPES.items():
+        if expected[0][key] is None:
+            assert actual[key] is None
+            continue
+        assert actual[key].dtype == dtype
+        values = np.stack([result[key] for result in expected])
+        # Where signs cancel, what is left of a sum keeps the rounding errors of its terms: errors are measured by the
+        # largest result that an element has had, and by 1 (times the rate, of an update) where all were smaller.
+        largest = np.maximum.accumulate(np.abs(np.concatenate([np.full((1, *shape), row.rate or 1.0), values])))[1:]
+        error = np.abs(np.asarray(actual[key], np.float64) - values) / largest
+        assert error.max(initial=0) <= tolerance, key
