@@ -5,9 +5,12 @@ Tests marked `x64` run in the second alone, all others in the first alone.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import pytest
+
+import jaxopt_rules as jr
 
 # The laws about sharding need a mesh of more than one device.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -41,6 +44,21 @@ def quick_options() -> dict[str, int | bool]:
 def quick_jit(function: Callable, **keywords) -> Callable:
     """`jax.jit` that compiles several times as fast; for values, not for facts about programs or their speed."""
     return jax.jit(function, compiler_options=quick_options(), **keywords)
+
+
+def _step(rule: jr.Rule, by_pair: bool, params: Any, state: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
+    if not by_pair:
+        return rule.apply(grads, state, params, **extra)
+    updates, state = rule.update(grads, state, params, **extra)
+    return jr.apply_updates(params, updates), state
+
+
+_compiled_step = quick_jit(_step, static_argnums=(0, 1))
+
+
+def stepped(rule: jr.Rule, params: Any, state: Any, grads: Any, *, by_pair: bool = False, **extra: Any) -> Any:
+    """(parameters, state) behind one step, by a program that every test of an equal rule shares."""
+    return _compiled_step(rule, by_pair, params, state, grads, extra)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

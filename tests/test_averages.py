@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from conftest import stepped
 from table import each
 
 import jaxopt_rules as jr
@@ -26,17 +27,9 @@ same = chex.assert_trees_all_equal
 def run(rule: jr.Rule, grads: list[Any], params: Any = PARAMS, state: Any = None, by_pair: bool = False) -> Any:
     """(parameters, state) behind each of these gradients, from those before the first on."""
     state = rule.init(params) if state is None else state
-
-    @jax.jit
-    def step(params, state, g):
-        if not by_pair:
-            return rule.apply(g, state, params)
-        updates, state = rule.update(g, state, params)
-        return jr.apply_updates(params, updates), state
-
     passed = [(params, state)]
     for g in grads:
-        passed.append(step(*passed[-1], jax.tree.map(jnp.asarray, g)))
+        passed.append(stepped(rule, *passed[-1], jax.tree.map(jnp.asarray, g), by_pair=by_pair))
     return passed
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from conftest import quick_jit, stepped
 from table import ADAM, WARMUP_COSINE, WRAPPERS, each, warmup_cosine
 
 import jaxopt_rules as jr
@@ -29,9 +30,8 @@ BAD = jax.tree.map(lambda g: g.at[0].set(NAN), GRADS[0])
 def run(rule: jr.Rule, grads: list[Any], params: Any = PARAMS, state: Any = None, **extra: Any) -> tuple[Any, Any]:
     """(parameters, state) behind one `apply` for each of these gradients."""
     state = rule.init(params) if state is None else state
-    apply = jax.jit(lambda params, state, g: rule.apply(g, state, params, **extra))
     for g in grads:
-        params, state = apply(params, state, g)
+        params, state = stepped(rule, params, state, g, **extra)
     return params, state
 
 
@@ -86,8 +86,8 @@ def at(grads, i):
 
 
 WAYS = [
-    Way("jit", lambda step, *args: in_python(jax.jit(step), *args)),
-    Way("scan", lambda *args: jax.jit(partial(in_scan, args[0]))(*args[1:])),
+    Way("jit", lambda step, *args: in_python(quick_jit(step), *args)),
+    Way("scan", lambda *args: quick_jit(partial(in_scan, args[0]))(*args[1:])),
     Way("donated", donated),
     Way("eager_then_donated", donated_between_eager_steps),
 ]
@@ -121,7 +121,8 @@ def test_every_way_of_running_gives_what_python_gives(row, way):
 def test_the_pair_gives_what_apply_gives(row):
     rule = row.make()
     start = PARAMS, rule.init(PARAMS)
-    close(in_python(step_of(row, rule, by_pair=True), *start, STACKED), in_python(step_of(row, rule), *start, STACKED))
+    pair = quick_jit(step_of(row, rule, by_pair=True))
+    close(in_python(pair, *start, STACKED), in_python(quick_jit(step_of(row, rule)), *start, STACKED))
 
 
 @wrappers
@@ -131,9 +132,9 @@ def test_lanes_of_vmap_are_separate_runs(row):
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *[jax.tree.map(lambda *g: jnp.stack(g), *lane) for lane in lanes])
     params = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), PARAMS)
     state = jax.vmap(rule.init)(params)
-    ends = jax.jit(jax.vmap(partial(in_scan, step_of(row, rule))))(params, state, stacked)
+    ends = quick_jit(jax.vmap(partial(in_scan, step_of(row, rule))))(params, state, stacked)
     for i in range(2):
-        alone = in_python(step_of(row, rule), at(params, i), rule.init(at(params, i)), at(stacked, i))
+        alone = in_python(quick_jit(step_of(row, rule)), at(params, i), rule.init(at(params, i)), at(stacked, i))
         close(at(ends, i), alone)
 
 
@@ -244,9 +245,7 @@ def test_what_is_no_rule_is_refused(wrap, no_rule):
     "direction", [DIRECTION, jr.clip_by_global_norm(1.0), jr.chain(jr.clip_grad(1.0), DIRECTION), jr.identity()]
 )
 def test_what_gives_a_direction_is_refused(wrap, direction):
-    with pytest.raises(
-        ValueError, match=r"wraps a whole optimizer, from the gradient to the update, and .* is a part of one"
-    ):
+    with pytest.raises(ValueError, match=r"wraps a whole optimizer.* is a part of one"):
         wrap(direction)
 
 

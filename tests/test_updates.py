@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stepped
 
 import jaxopt_rules as jr
 
@@ -22,16 +23,9 @@ same = chex.assert_trees_all_equal
 
 
 def run(rule: jr.Rule, grads: list[Any], params: Any = PARAMS, by_pair: bool = False) -> tuple[Any, Any]:
-    @jax.jit
-    def step(params, state, g):
-        if not by_pair:
-            return rule.apply(g, state, params)
-        updates, state = rule.update(g, state, params)
-        return jr.apply_updates(params, updates), state
-
     state = rule.init(params)
     for g in grads:
-        params, state = step(params, state, g)
+        params, state = stepped(rule, params, state, g, by_pair=by_pair)
     return params, state
 
 
