@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 
 import jaxopt_rules as jr
 
@@ -84,7 +85,7 @@ def test_decay_towards_the_initial_parameters():
 
 def test_initial_parameters_are_no_alias():
     rule = jr.step(0.1, 0.5, decay="initial")
-    step = jax.jit(lambda params, state: rule.apply(D, state, params), donate_argnums=(0, 1))
+    step = quick_jit(lambda params, state: rule.apply(D, state, params), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.array, PARAMS)
     params, state = step(params, rule.init(params))
     params, state = step(params, state)

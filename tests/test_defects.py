@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 
 import jaxopt_rules as jr
 from jaxopt_rules.rules.adam import AdamState
@@ -28,7 +29,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 def run(rule: jr.Rule, gradients: list[Any], params: Any = PARAMS, **extra: Any) -> tuple[Any, Any]:
     """Parameters and state behind these gradients, with donation, in one compiled program."""
-    step = jax.jit(lambda params, state, g: rule.apply(g, state, params, **extra), donate_argnums=(0, 1))
+    step = quick_jit(lambda params, state, g: rule.apply(g, state, params, **extra), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.array, params)
     state = rule.init(params)
     for g in gradients:
@@ -39,7 +40,7 @@ def run(rule: jr.Rule, gradients: list[Any], params: Any = PARAMS, **extra: Any)
 def by_pair(rule: jr.Rule, gradients: list[Any], params: Any = PARAMS) -> tuple[Any, Any]:
     state = rule.init(params)
     for g in gradients:
-        updates, state = jax.jit(rule.update)(g, state, params)
+        updates, state = quick_jit(rule.update)(g, state, params)
         params = jr.apply_updates(params, updates)
     return params, state
 
@@ -60,7 +61,7 @@ def counted(rule: jr.Rule) -> tuple[Any, list[None]]:
         traces.append(None)
         return rule.apply(grads, state, params)
 
-    return jax.jit(step), traces
+    return quick_jit(step), traces
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,8 +101,8 @@ def test_a_live_value_gives_the_bits_of_a_constant():
     """The injected optimizer drifts away from the plain one (#1532)."""
     rule = jr.adamw(1.0)
     state = jr.set_hyperparams(rule.init(PARAMS), learning_rate=0.1)
-    expected = jax.jit(jr.adamw(0.1).apply)(ONES, jr.adamw(0.1).init(PARAMS), PARAMS)
-    chex.assert_trees_all_equal(jax.jit(rule.apply)(ONES, state, PARAMS), expected)
+    expected = quick_jit(jr.adamw(0.1).apply)(ONES, jr.adamw(0.1).init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal(quick_jit(rule.apply)(ONES, state, PARAMS), expected)
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), jnp.float32(0.5), jnp.bfloat16(0.5), 1])
@@ -232,9 +233,9 @@ def test_a_second_moment_of_bfloat16_parameters_rises_and_decays():
     def steps(state, g, n):
         return jax.lax.fori_loop(0, n, lambda _, state: rule.update({"w": g}, state, params)[1], state)
 
-    risen = jax.jit(steps, static_argnums=2)(rule.init(params), jnp.ones_like(params["w"]), 3000)
+    risen = quick_jit(steps, static_argnums=2)(rule.init(params), jnp.ones_like(params["w"]), 3000)
     np.testing.assert_allclose(risen.v["w"], 1 - 0.999**3000, rtol=1e-4)
-    fallen = jax.jit(steps, static_argnums=2)(risen, jnp.zeros_like(params["w"]), 3000)
+    fallen = quick_jit(steps, static_argnums=2)(risen, jnp.zeros_like(params["w"]), 3000)
     np.testing.assert_allclose(fallen.v["w"], (1 - 0.999**3000) * 0.999**3000, rtol=1e-4)
 
 
@@ -615,7 +616,7 @@ def test_averages_are_found_through_any_nesting(around):
 def test_parameters_and_state_can_be_donated(rule):
     """States that keep the parameters they were born from fail: "donate the same buffer twice" (#1059)."""
     new, state = run(rule, [ONES] * 2)
-    new, state = jax.jit(lambda params, state: (params, state), donate_argnums=(0, 1))(new, state)
+    new, state = quick_jit(lambda params, state: (params, state), donate_argnums=(0, 1))(new, state)
     new, _ = rule.apply(ONES, state, new)
     assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(new))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 
 import jaxopt_rules as jr
 from jaxopt_rules.rule import definition_of
@@ -86,7 +87,7 @@ def test_absent_leaves_and_other_leaves(rule):
     params = PARAMS | {"n": jnp.arange(3)}
     state = rule.init(params)
     grads = {"w": PARAMS["w"], "b": None, "n": None}
-    out, after = jax.jit(rule.update)(grads, state, params)
+    out, after = quick_jit(rule.update)(grads, state, params)
     assert (out["b"], out["n"]) == (None, None)
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -302,7 +303,7 @@ def test_noise_in_scan_and_under_vmap():
         out, state = rule.update(g, state)
         return state, out
 
-    last, outs = jax.jit(lambda state: jax.lax.scan(body, state, length=3))(rule.init(g))
+    last, outs = quick_jit(lambda state: jax.lax.scan(body, state, length=3))(rule.init(g))
     np.testing.assert_allclose(outs, jnp.stack(seen), rtol=1e-6)
     assert last.key == state.key
 
