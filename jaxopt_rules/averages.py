@@ -41,7 +41,9 @@ def _evaluated(params: Any, slot: Any, on_leaf: Callable[[Any, Any], Any]) -> An
     slots = trees.align(treedef, slot, "the state's average", "the parameters")
     pairs = zip(ps, slots, strict=True)
     # Copies: what is evaluated with stays valid when the state is donated.
-    return jax.tree.unflatten(treedef, [p if x is None else jnp.array(on_leaf(p, x), p.dtype) for p, x in pairs])
+    return jax.tree.unflatten(
+        treedef, [p if p is None or x is None else jnp.array(on_leaf(p, x), p.dtype) for p, x in pairs]
+    )
 
 
 def _where(flag: Array, act: Callable[[], Any], rest: Callable[[], Any]) -> Any:
@@ -88,12 +90,14 @@ class _Averaging(Wrapper):
         updates, inner = self.rule.update(grads, state.inner, params, **extra_for(self.rule, extra))
         moved = trees.apply_updates(params, updates)
         new, new_state = self._followed(moved, updates, state, inner, _where)
-        return self._difference(updates, params, moved, new) if self.moves else updates, new_state
+        return self._difference(updates, params, new, state) if self.moves else updates, new_state
 
     def apply(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_state(state)
         new, inner = self.rule.apply(grads, state.inner, params, **extra_for(self.rule, extra))
-        return self._followed(new, grads, state, inner, either)
+        # What the rule inside leaves as it is, because it is frozen or absent, it returns as the same object.
+        acted = jax.tree.map(lambda x, p: None if x is p else x, new, params)
+        return self._followed(new, acted, state, inner, either)
 
     def _followed(
         self, params: Any, like: Any, state: Any, inner: Any, choose: Callable[[Array, Any, Any], Any]
@@ -124,17 +128,16 @@ class _Averaging(Wrapper):
         own = plan.scalars | {self.slot: jax.tree.unflatten(treedef, slots)}
         return jax.tree.unflatten(treedef, ps), self.State(count=count, hyper=hyper, **own, inner=inner)
 
-    def _difference(self, updates: Any, params: Any, moved: Any, new: Any) -> Any:
-        """The updates that lead to `new` where that is not where they lead by themselves."""
+    def _difference(self, updates: Any, params: Any, new: Any, state: Any) -> Any:
+        """The updates that lead to `new` where the parameters change, too."""
+        due = self.plan(state, advanced(state.count), self.values(state)[0]).due
         us, treedef = trees.flatten(updates)
-        parts = (treedef.flatten_up_to(tree) for tree in (params, moved, new))
-        return jax.tree.unflatten(
-            treedef,
-            [
-                jnp.where(y == x, u, y.astype(u.dtype) - p.astype(u.dtype)) if is_inexact(u) else u
-                for u, p, x, y in zip(us, *parts, strict=True)
-            ],
-        )
+        parts = (treedef.flatten_up_to(tree) for tree in (params, new))
+        leaves = [
+            jnp.where(True if due is None else due, x.astype(u.dtype) - p.astype(u.dtype), u) if is_inexact(u) else u
+            for u, p, x in zip(us, *parts, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, leaves)
 
 
 class LookaheadState(NamedTuple):

@@ -47,6 +47,14 @@ class Composed(Definition):
         return any(member.gate for _, member in self.members)
 
     @property
+    def defers(self) -> bool:
+        return any(member.defers for _, member in self.members)
+
+    @property
+    def takes_none(self) -> bool:
+        return all(member.takes_none for _, member in self.members)
+
+    @property
     def schedules(self) -> dict[Address, Schedule]:
         return {
             ((*outer, *inner), key): schedule
@@ -407,6 +415,14 @@ class Wrapper(Clocked):
     def schedules(self) -> dict[Address, Schedule]:
         inner = definition_of(self.rule).schedules
         return super().schedules | {((0, *place), key): schedule for (place, key), schedule in inner.items()}
+
+    @property
+    def defers(self) -> bool:
+        return definition_of(self.rule).defers
+
+    @property
+    def takes_none(self) -> bool:
+        return definition_of(self.rule).takes_none
 
     @property
     def uses(self) -> frozenset[str]:

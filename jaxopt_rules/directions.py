@@ -216,6 +216,8 @@ def scale_by_path(factors: Mapping[str | re.Pattern[str], float | Schedule]) -> 
         raise TypeError(f"scale_by_path takes a mapping from patterns like 'embed/**' to factors, not {factors!r}")
     # Not the bare pattern: a parameter may be called `b1`, and its factor is no decay rate.
     names = {f"factor[{_written(pattern)}]": pattern for pattern in factors}
+    if len(names) < len(factors):
+        raise ValueError(f"scale_by_path: a pattern and a regular expression are written alike in {factors!r}")
     for name, pattern in names.items():
         check(name, factors[pattern])
     # The names are no identifiers, so that no signature could list them, and `leafwise` could not check it.

@@ -90,3 +90,14 @@ def map_nodes(function: Callable[[Family], Any], state: Any, place: Place = ()) 
 def map_families(function: Callable[[Family], Any], state: Any) -> Any:
     """A state with `function(family)` for each family; of a wrapper's state, it leaves `inner` as it is."""
     return map_nodes(lambda node: function(node) if is_family(node.state) else node.state, state)
+
+
+def per_parameter(treedef: Any, node: Family, field: Any) -> list[Any] | None:
+    """The parts of a field that belong to one parameter each, if it is made of such."""
+    try:
+        parts = treedef.flatten_up_to(field)
+    except (ValueError, TypeError):
+        return None
+    # A field of another library's state may hold a tuple of states, which is built like a tuple of parameters.
+    states = not is_family(node.state) and any(is_record(inner.state) for part in parts for inner in nodes(part))
+    return None if states else parts

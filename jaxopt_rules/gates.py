@@ -5,6 +5,7 @@ together, so that XLA leaves both where they are. Through `rule.update` the numb
 step that is not taken is −0, the number whose sum with any parameter is that parameter.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from jax import Array, lax
 
 from jaxopt_rules import trees
 from jaxopt_rules.compose import Wrapper, either, giving_updates
-from jaxopt_rules.families import Family, families, map_families
+from jaxopt_rules.families import Family, is_record, map_nodes, nodes, per_parameter
 from jaxopt_rules.hyperparameters import check
 from jaxopt_rules.lift import advanced, zeros
 from jaxopt_rules.numerics import global_norm, is_inexact, widened
-from jaxopt_rules.rule import Definition, Rule, as_rule, constructor, definition_of, extra_for
+from jaxopt_rules.rule import Definition, Place, Rule, as_rule, constructor, definition_of, extra_for
 from jaxopt_rules.schedules import Schedule
 
 
@@ -33,7 +34,7 @@ class Gate(Wrapper):
         return True
 
     @property
-    def place(self) -> Literal["end"]:
+    def place(self) -> Place:
         return "end"
 
     def scalars(self) -> dict[str, Any]:
@@ -55,41 +56,46 @@ class Gate(Wrapper):
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         decision = self._decided(grads, state, params, extra)
         handed = extra_for(self.rule, extra)
+        _, treedef = trees.flatten(decision.grads)
 
-        def act() -> tuple[Any, Any]:
-            updates, inner = self.rule.update(decision.grads, state.inner, params, **handed)
-            leaves, treedef = trees.flatten(updates)
-            kept = [x if x is None else jnp.full_like(x, _nothing(x)) for x in leaves]
-            return decision.restored((updates, inner), (jax.tree.unflatten(treedef, kept), state.inner))
+        def call(grads: Any) -> tuple[list[Any], Any]:
+            updates, inner = self.rule.update(grads, state.inner, params, **handed)
+            return treedef.flatten_up_to(updates), inner
 
-        def rest() -> tuple[Any, Any]:
-            shapes, _ = jax.eval_shape(act)
-            return jax.tree.map(lambda x: jnp.full(x.shape, _nothing(x), x.dtype), shapes), state.inner
+        def nothing(updates: list[Any]) -> list[Any]:
+            return [u if u is None else jnp.full(u.shape, _minus_zero(u), u.dtype) for u in updates]
+
+        def act() -> tuple[list[Any], Any]:
+            return decision.run(call, nothing)
+
+        def rest() -> tuple[list[Any], Any]:
+            return nothing(jax.eval_shape(act)[0]), state.inner
 
         updates, inner = either(decision.go, act, rest)
-        return updates, decision.state._replace(inner=inner)
+        return jax.tree.unflatten(treedef, updates), decision.state._replace(inner=inner)
 
     def apply(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         decision = self._decided(grads, state, params, extra)
         handed = extra_for(self.rule, extra)
         leaves, treedef = trees.flatten(params)
-        # What is no array cannot come out of a branch, and does not change.
-        trained = [k for k, p in enumerate(leaves) if is_inexact(p)]
 
-        def act() -> tuple[Any, Any]:
-            results = self.rule.apply(decision.grads, state.inner, params, **handed)
-            new, inner = decision.restored(results, (params, state.inner))
-            new_leaves, _ = trees.flatten(new)
-            return [new_leaves[k] for k in trained], inner
+        def arrays(tree: Any) -> list[Any]:
+            # What is no array cannot come out of a branch, and does not change.
+            return [x if is_inexact(p) else None for x, p in zip(trees.flatten(tree)[0], leaves, strict=True)]
 
-        def rest() -> tuple[Any, Any]:
-            old_leaves, _ = trees.flatten(self.passed(grads, params))
-            return [old_leaves[k] for k in trained], state.inner
+        def call(grads: Any) -> tuple[list[Any], Any]:
+            new, inner = self.rule.apply(grads, state.inner, params, **handed)
+            return arrays(new), inner
 
-        changed, inner = either(decision.go, act, rest)
-        for k, p in zip(trained, changed, strict=True):
-            leaves[k] = p
-        return jax.tree.unflatten(treedef, leaves), decision.state._replace(inner=inner)
+        def act() -> tuple[list[Any], Any]:
+            return decision.run(call, lambda new: arrays(params))
+
+        def rest() -> tuple[list[Any], Any]:
+            return arrays(self.passed(grads, params)), state.inner
+
+        new, inner = either(decision.go, act, rest)
+        new = [p if x is None else x for p, x in zip(leaves, new, strict=True)]
+        return jax.tree.unflatten(treedef, new), decision.state._replace(inner=inner)
 
     def passed(self, grads: Any, params: Any) -> Any:
         """The parameters behind a step that is not taken."""
@@ -114,10 +120,20 @@ class Decision:
     go: Array  # whether the rule inside acts
     grads: Any  # what it is handed
     state: Any  # of the gate, afterwards, but for `inner`
-    restored: Callable[[Any, Any], Any] = lambda results, before: results  # undoes it for what takes no part
+
+    def run(
+        self, call: Callable[[Any], tuple[list[Any], Any]], nothing: Callable[[list[Any]], list[Any]]
+    ) -> tuple[list[Any], Any]:
+        """Lets the rule inside act.
+
+        Args:
+          call: of gradients: the result leaf by leaf (`None` where there is none), and the rule's new state.
+          nothing: of a result: the one of a step that is not taken.
+        """
+        return call(self.grads)
 
 
-def _nothing(x: Any) -> Any:
+def _minus_zero(x: Any) -> Any:
     return complex(-0.0, -0.0) if jnp.issubdtype(x.dtype, jnp.complexfloating) else -0.0
 
 
@@ -136,10 +152,45 @@ class AccumulateState(NamedTuple):
     inner: Any  # of the rule
 
 
+@dataclass(frozen=True)
+class _MeanDecision(Decision):
+    seen: list[Any]  # for each leaf, whether it had a gradient in this cycle
+    absent: list[bool]  # those that have none in this call
+    inner: Any  # the rule's state so far
+    takes_none: bool  # whether the rule takes a missing gradient, as those of other libraries do not
+
+    def run(self, call: Any, nothing: Any) -> tuple[list[Any], Any]:
+        doubtful = [flag for flag, absent in zip(self.seen, self.absent, strict=True) if absent]
+        if not doubtful:
+            return call(self.grads)
+        leaves, treedef = trees.flatten(self.grads)
+
+        def without() -> tuple[list[Any], Any]:
+            """None of them had one in this cycle: the rule does not see them, and they are in no norm of its."""
+            present = [None if absent else g for g, absent in zip(leaves, self.absent, strict=True)]
+            result, inner = call(jax.tree.unflatten(treedef, present))
+            idle = nothing(jax.eval_shape(lambda: call(self.grads)[0]))
+            return [y if x is None else x for x, y in zip(result, idle, strict=True)], inner
+
+        def together() -> tuple[list[Any], Any]:
+            """Those that had none take no part: their step is undone."""
+            result, inner = call(self.grads)
+            keep = [flag if absent else None for flag, absent in zip(self.seen, self.absent, strict=True)]
+            return _selected(keep, result, nothing(result)), _selected_slots(treedef, keep, inner, self.inner)
+
+        if not self.takes_none:
+            return together()
+        return either(functools.reduce(jnp.logical_or, doubtful), together, without)
+
+
 @dataclass(frozen=True, eq=False)
 class _Accumulate(Gate):
     sums: bool
     drops: bool
+
+    @property
+    def defers(self) -> bool:
+        return True
 
     def scalars(self) -> dict[str, Any]:
         zero = jnp.zeros((), jnp.int32)
@@ -186,14 +237,6 @@ class _Accumulate(Gate):
         due = micro_step >= values["every"]
         go = due & (kept > 0)
 
-        def restored(results: Any, before: Any) -> Any:
-            """Undoes the step of parameters that had no gradient in the whole cycle."""
-            if not any(absent):
-                return results
-            keep = [flag if missing else None for flag, missing in zip(seen, absent, strict=True)]
-            (tree, inner), (old_tree, old_inner) = results, before
-            return _selected(treedef, keep, tree, old_tree), _selected_slots(treedef, keep, inner, old_inner)
-
         new_state = AccumulateState(
             count=jnp.where(go, advanced(state.count), state.count),
             hyper=hyper,
@@ -206,7 +249,8 @@ class _Accumulate(Gate):
             mean=jax.tree.unflatten(treedef, mean),
             inner=None,
         )
-        return Decision(go, jax.tree.unflatten(treedef, mean), new_state, restored)
+        takes_none = definition_of(self.rule).takes_none
+        return _MeanDecision(go, jax.tree.unflatten(treedef, mean), new_state, seen, absent, state.inner, takes_none)
 
 
 def _spread(grads: Any, like: Any) -> list[Any]:
@@ -218,28 +262,29 @@ def _spread(grads: Any, like: Any) -> list[Any]:
     return spread
 
 
-def _selected(treedef: Any, keep: Sequence[Any], new: Any, old: Any) -> Any:
+def _selected(keep: Sequence[Any], new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
     """For each leaf, the new one where its flag holds and else the old one; without a flag, the new one."""
-    parts = zip(keep, treedef.flatten_up_to(new), treedef.flatten_up_to(old), strict=True)
-    chosen = [
-        x if flag is None else jax.tree.map(lambda x, y, flag=flag: jnp.where(flag, x, y), x, y) for flag, x, y in parts
+    return [
+        x if flag is None else jax.tree.map(lambda x, y, flag=flag: jnp.where(flag, x, y), x, y)
+        for flag, x, y in zip(keep, new, old, strict=True)
     ]
-    return jax.tree.unflatten(treedef, chosen)
 
 
 def _selected_slots(treedef: Any, keep: Sequence[Any], new: Any, old: Any) -> Any:
-    before = iter([family.state for family in families(old)])
+    before = {node.place: node.state for node in nodes(old)}
 
-    def select(family: Family) -> Any:
-        previous, slots = next(before), {}
-        for name in family.slots:
-            try:
-                slots[name] = _selected(treedef, keep, getattr(family.state, name), getattr(previous, name))
-            except ValueError:
-                continue  # memory that belongs to no parameter
-        return family.state._replace(**slots)
+    def select(node: Family) -> Any:
+        if not is_record(node.state):
+            return node.state
+        slots = {}
+        for name in node.slots:
+            after = per_parameter(treedef, node, getattr(node.state, name))
+            if after is not None:
+                previous = treedef.flatten_up_to(getattr(before[node.place], name))
+                slots[name] = jax.tree.unflatten(treedef, _selected(keep, after, previous))
+        return node.state._replace(**slots)
 
-    return map_families(select, new)
+    return map_nodes(select, new)
 
 
 @constructor
@@ -270,15 +315,18 @@ def accumulate(
         gradients a second time.
 
     A missing gradient (`None`) counts as zero where the parameter has one in another micro-batch of the cycle; a
-    parameter without any in the whole cycle takes no part.
+    parameter without any in the whole cycle takes no part. (In a cycle in which, of the parameters that have no
+    gradient in its last call, some had one before and others had none at all, norms inside see the latter as zeros.)
 
     Memory: one slot, 4 bytes per float32 parameter, besides those of the rule.
 
     Raises:
       TypeError: `rule` is no rule.
-      ValueError: it gives directions: what stands behind a gate would act in every call.
+      ValueError: it gives directions: what stands behind a gate would act in every call; or it accumulates already.
     """
     member = giving_updates(rule, "accumulate")
+    if definition_of(member).defers:
+        raise ValueError(f"accumulate: {member!r} accumulates already; one cycle of a · b calls does the same")
     check("every", every)
     for name, value, known in (("reduce", reduce, ("mean", "sum")), ("nonfinite", nonfinite, ("drop", "keep"))):
         if value not in known:
@@ -436,7 +484,8 @@ class _SkipSpikes(Gate):
     def decide(self, grads: Any, state: SpikeState, extra: Mapping[str, Any]) -> Decision:
         values, hyper = self.values(state)
         norm = global_norm(grads)
-        x = jnp.asarray(extra["value"] if self.of == "value" else norm, state.history.dtype)
+        # A copy: the state shares no buffer with what the caller holds.
+        x = jnp.array(extra["value"] if self.of == "value" else norm, state.history.dtype)
         known = jnp.minimum(state.seen, self.window)
         present = jnp.arange(self.window) < known
         mean = jnp.sum(jnp.where(present, state.history, 0)) / jnp.maximum(known, 1)

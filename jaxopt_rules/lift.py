@@ -379,7 +379,8 @@ class Treewise(Lift):
             fields[name] = jax.tree.unflatten(at.treedef, column)
         if self.metrics:
             recorded = parts[-1]
-            fields["metrics"] = {name: jnp.asarray(recorded[name], state.metrics[name].dtype) for name in self.metrics}
+            # Copies: what is recorded may also be memory, or an argument of the caller's.
+            fields["metrics"] = {name: jnp.array(recorded[name], state.metrics[name].dtype) for name in self.metrics}
         return parts[0], self.State(count=count, hyper=hyper, **fields)
 
 

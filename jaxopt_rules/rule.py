@@ -132,6 +132,16 @@ class Definition:
         """The extra keyword arguments that it uses; it ignores `COMMON_EXTRA` and refuses all others. `None`: any."""
         return frozenset()
 
+    @property
+    def defers(self) -> bool:
+        """Whether it may update a parameter in a call in which that has no gradient."""
+        return False
+
+    @property
+    def takes_none(self) -> bool:
+        """Whether `None` may stand among its gradients."""
+        return True
+
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         """What it does with each leaf."""
         return [Share()] * len(leaves)
@@ -201,9 +211,11 @@ def _hashable(value: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """A list as a tuple and a mapping as one of its own, so that a rule does not change with what it was given."""
+    """A list as a tuple, a mapping and a NumPy array as ones of its own: a rule does not change with its arguments."""
     if isinstance(value, Mapping):
         return {name: _frozen(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.copy()
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -324,6 +336,10 @@ def definition_of(rule: Rule) -> Definition:
 @dataclass(frozen=True)
 class _Foreign(Definition):
     pair: Rule
+
+    @property
+    def takes_none(self) -> bool:
+        return False
 
     @property
     def accepts(self) -> frozenset[str] | None:

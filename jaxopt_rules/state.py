@@ -14,7 +14,17 @@ import numpy as np
 from jax import Array
 
 from jaxopt_rules import trees
-from jaxopt_rules.families import Family, Place, families, is_family, is_record, map_families, map_nodes, nodes
+from jaxopt_rules.families import (
+    Family,
+    Place,
+    families,
+    is_family,
+    is_record,
+    map_families,
+    map_nodes,
+    nodes,
+    per_parameter,
+)
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, complement, encode, public_name
 from jaxopt_rules.rule import Rule
 from jaxopt_rules.select import Selector, select
@@ -238,14 +248,17 @@ def reset(rule: Rule, state: Any, params: Any, where: Selector | None = None) ->
         return map_families(lambda family: _with_hyperparameters_of(there[family.place], family.state), fresh)
     leaves, treedef = trees.flatten(params)
     hits = select(where, trees.paths(params), leaves)
+    # Where the tree is one array, no structure tells what is its own; what is born without it is not.
+    single = treedef == jax.tree.structure(0)
+    bare = {node.place: node.state for node in nodes(rule.init(None))} if single else {}
 
     def renewed(node: Family) -> Any:
         if not is_record(node.state):
             return node.state
         slots = {}
         for name in node.slots:
-            after = _per_parameter(treedef, node, getattr(born[node.place], name))
-            if after is not None:
+            after = per_parameter(treedef, node, getattr(born[node.place], name))
+            if after is not None and not jax.tree.leaves(getattr(bare.get(node.place), name, None)):
                 before = trees.align(treedef, getattr(node.state, name), f"the state's {name}", "the parameters")
                 chosen = [b if hit else a for hit, a, b in zip(hits, before, after, strict=True)]
                 slots[name] = jax.tree.unflatten(treedef, chosen)
@@ -258,17 +271,6 @@ def _with_hyperparameters_of(live: Any, fresh: Any) -> Any:
     # What a schedule owns follows the clock, which begins anew.
     kept = {key: value for key, value in live.hyper.items() if not isinstance(value, Scheduled)}
     return fresh._replace(hyper=fresh.hyper | kept)
-
-
-def _per_parameter(treedef: trees.Structure, node: Family, field: Any) -> list[Any] | None:
-    """The parts of a field that belong to one parameter each, if it is made of such."""
-    try:
-        parts = treedef.flatten_up_to(field)
-    except (ValueError, TypeError):
-        return None
-    # A field of another library's state may hold a tuple of states, which is built like a tuple of parameters.
-    states = not is_family(node.state) and any(is_record(inner.state) for part in parts for inner in nodes(part))
-    return None if states else parts
 
 
 def memory(state: Any) -> Table:
@@ -370,7 +372,9 @@ def state_dict(state: Any) -> dict[str, np.ndarray]:
     their numbers, states of other libraries under their positions.
     """
     arrays = (np.array(_stored(x), order="C") for x in jax.tree.leaves(state))
-    return dict(zip(leaf_names(state), arrays, strict=True))
+    names = leaf_names(state)
+    trees.check_distinct(names, "the state")
+    return dict(zip(names, arrays, strict=True))
 
 
 class LoadReport(NamedTuple):

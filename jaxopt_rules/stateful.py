@@ -244,10 +244,11 @@ class Optimizer:
         hooks = _hooks(hook)
         whole = chain(*(h for h in hooks if isinstance(h, Rule)), self._rule)
         self._hook, self._accepts = hooks, definition_of(whole).accepts
+        self._defers = definition_of(self._rule).defers
 
     # The state is kept as a list of leaves: the form in which a compiled call takes it fastest.
 
-    def _init(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _init(self, values: Mapping[Any, Any]) -> dict[str, Any]:
         hooks = tuple(h.init(values) if isinstance(h, Rule) else () for h in self._hook)
         rule = self._rule.init(values)
         scheduled = {entry.address: entry.value for entry in hyperparameter_entries(rule).values()}
@@ -485,6 +486,9 @@ class Optimizer:
         self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
     ) -> None:
         self._welcome(listed, named)
+        if self._defers:
+            # These may be updated now, by gradients that they had before.
+            listed = [*listed, *(p for p in named if p.grad is None and p in self._born)]
         keys = tuple(map(self._keys.__getitem__, listed))
         datas, grads = [p.data for p in listed], [p.grad for p in listed]
 
@@ -512,11 +516,15 @@ class Optimizer:
             trees.check_gradient(lambda k=k: paths[k], g, part)
         present = [k for k, g in enumerate(gs) if is_inexact(g) and is_inexact(parts[k])]
         if not self._born.issuperset(paths[k] for k in present):
+            trees.check_distinct(trees.paths(model), "the model")
             everyone = dict(zip(trees.paths(model), leaves, strict=True))
             newborn = self._born | {paths[k] for k in present}
-            known: dict[Parameter | str, Any] = {path: path for path in everyone if path not in self._keys}
+            known: dict[Parameter | str, Any] = {path: _Key(path) for path in everyone if path not in self._keys}
             self._enlarge(known, {path: x for path, x in everyone.items() if path in newborn})
-        keys = tuple(paths[k] for k in present)
+        if self._defers:
+            # These may be updated now, by gradients that they had before.
+            present += [k for k, g in enumerate(gs) if g is None and paths[k] in self._born]
+        keys = tuple(self._keys[paths[k]] for k in present)
 
         def write(new: list[Array], hooked: list[Array] | None) -> None:
             self._structure = structure
@@ -536,7 +544,8 @@ class Optimizer:
         write: Callable[[list[Array], list[Array] | None], None],
     ) -> None:
         """The compiled part of an update, and `write` for the new parameters and the hooked gradients."""
-        if self._donate and len({*map(id, datas), *map(id, grads)}) < len(datas) + len(grads):
+        given = [x for x in (*datas, *grads) if x is not None]
+        if self._donate and len({*map(id, given)}) < len(given):
             self._raise_shared(keys, datas, grads)
         if extra:
             check_extra(repr(self), self._accepts, extra)
@@ -581,7 +590,7 @@ class Optimizer:
         seen: dict[int, str] = {}
         what = [f"the data of '{key}'" for key in keys] + [f"the gradient of '{key}'" for key in keys]
         for name, array in zip(what, (*datas, *grads), strict=True):
-            if id(array) in seen:
+            if array is not None and id(array) in seen:
                 raise ValueError(
                     f"{seen[id(array)]} and {name} are one array, which cannot be donated twice; copy it, "
                     "jnp.array(x), or use donate=False"
@@ -616,9 +625,14 @@ class Optimizer:
         leaves, treedef = trees.flatten(model)
         paths = trees.paths(model)
         values = dict(zip(paths, leaves, strict=True))
-        known = {path: values[path] for path in self._keys.values()}
-        averaged = values | eval_params(self._state["rule"], known)
-        return jax.tree.unflatten(treedef, [averaged[path] for path in paths])
+        if not self._keys.keys() <= values.keys():
+            raise ValueError(
+                "eval_params takes the pytree that this optimizer updates; with a model of Parameters, "
+                "`with opt.evaluating(model):` gives it the parameters to evaluate with"
+            )
+        averaged = eval_params(self._state["rule"], {key: values[cast(str, path)] for path, key in self._keys.items()})
+        values |= {str(key): x for key, x in averaged.items()}
+        return jax.tree.unflatten(treedef, [values[path] for path in paths])
 
     # Saving
 
@@ -649,24 +663,27 @@ class Optimizer:
         self._check_kind(Parameter if is_model(model) else str)
         arrays = named if is_model(model) else dict(zip(named, trees.flatten(model)[0], strict=True))
         values = {name: x.data if isinstance(x, Parameter) else x for name, x in arrays.items()}
-        complete = self._init(values)
+        complete = self._init({_Key(name): x for name, x in values.items()})
         paths = [path for path, _ in tree_flatten_with_path(complete)[0]]
         stateful = frozenset(
-            key.key
+            key.key.name
             for path, name in zip(paths, leaf_names(complete), strict=True)
             for key in path
-            if name in saved and isinstance(key, DictKey) and key.key in values
+            # Labels of groups, which are text, may be called like a parameter.
+            if name in saved and isinstance(key, DictKey) and isinstance(key.key, _Key)
         )
-        state, _ = load_state_dict(self._init({name: values[name] for name in stateful}), saved)
+        template = self._init({_Key(name): x if name in stateful else None for name, x in values.items()})
+        state, _ = load_state_dict(template, saved)
         mine = set(named.values())
         keys: dict[Parameter | str, Any] = {
             x: key for x, key in self._keys.items() if isinstance(x, Parameter) and x not in mine
         }
         born = (self._born & keys.keys()) | {named[name] for name in stateful}
-        keys |= {named[name]: self._keys[named[name]] for name in stateful if named[name] in self._keys}
-        for name in sorted(name for name in stateful if named[name] not in keys):
-            keys[named[name]] = _unused(name, set(keys.values())) if is_model(model) else name
-        state = _rekeyed(state, stateful, {name: keys[named[name]] for name in stateful})
+        keys |= {x: self._keys[x] for x in named.values() if x in self._keys}
+        for name in sorted(name for name, x in named.items() if x not in keys):
+            keys[named[name]] = _unused(name, set(keys.values()))
+        loaded = {_Key(name): keys[x] for name, x in named.items()}
+        state = _rekeyed(state, frozenset(loaded), loaded)
         before, self._keys, self._born = self._state, keys, born
         self._structure = None if is_model(model) else trees.flatten(model)[1]
         self._set_state(_carried_over(state, _carried_over(before, self._init(self._values(values)))))

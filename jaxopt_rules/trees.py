@@ -58,6 +58,17 @@ def _path(keys: Any) -> str:
     return keystr(keys, simple=True, separator="/")
 
 
+def check_distinct(paths: Sequence[str], what: str) -> None:
+    """Refuses a tree in which two leaves have one path, as `{"a/b": x, "a": {"b": y}}` has.
+
+    Raises:
+      ValueError: names the path.
+    """
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two leaves of {what} have the same path, {quoted(twice)}; rename one of them")
+
+
 def quoted(path: str) -> str:
     """A path as error messages show it."""
     return f"'{path}'" if path else "the tree's only leaf"

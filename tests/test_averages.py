@@ -373,3 +373,26 @@ def test_a_target_of_another_tree_is_refused(update):
 def test_a_target_of_another_shape_is_refused(update):
     with pytest.raises(ValueError, match=r"the new tree has shape \(1,\) at 'b', not \(2,\)"):
         update(NEW | {"b": jnp.ones(1)}, PARAMS)
+
+
+@pytest.mark.parametrize("by_pair", [False, True])
+def test_the_slope_of_a_synchronised_step(by_pair):
+    """Half of the way back: half of the slope, also where the slow weight is where the fast one is."""
+
+    def end(g):
+        rule, params = jr.lookahead(jr.sgd(1.0), 1, 0.5), {"w": jnp.ones(())}
+        state = rule.init(params)
+        if not by_pair:
+            return rule.apply({"w": g}, state, params)[0]["w"]
+        return jr.apply_updates(params, rule.update({"w": g}, state, params)[0])["w"]
+
+    np.testing.assert_allclose(jax.grad(end)(0.0), -0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("by_pair", [False, True])
+def test_the_average_of_what_is_frozen_stays(by_pair):
+    rule = jr.average(jr.freeze(jr.sgd(0.1), "a"), decay=0.5)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    moved = params | {"a": jnp.full(1, 7.0)}
+    _, state = stepped(rule, moved, rule.init(params), params, by_pair=by_pair)
+    same(state.average["a"], params["a"])

@@ -14,6 +14,7 @@ from conftest import quick_jit, stepped
 from table import ADAM, WARMUP_COSINE, WRAPPERS, each, warmup_cosine
 
 import jaxopt_rules as jr
+from jaxopt_rules.rules.adam import AdamState
 
 NAN = float("nan")
 
@@ -526,7 +527,6 @@ def of_b(state):
         jr.chain(jr.clip_grad(0.1), jr.adamw(0.1)),
         jr.average(jr.lookahead(jr.adamw(0.1), 2)),
         jr.partition({"one": jr.adamw(0.1), "two": jr.sgd(0.1, 0.9)}, by={"one": "w"}),
-        jr.accumulate(jr.adamw(0.1), 1),
     ],
     ids=repr,
 )
@@ -889,3 +889,56 @@ def test_microbatch_needs_less_memory():
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(jr.microbatch(loss, 8)) < temporaries(jax.value_and_grad(loss)) / 4
+
+
+# Parameters that have no gradient
+
+
+DECAYED = jr.chain(jr.weight_decay(1.0), jr.clip_by_global_norm(1.0), jr.sgd(1.0))
+
+
+@pytest.mark.parametrize("params", [{"a": jnp.ones(2), "b": jnp.full(2, 10.0)}], ids=["two"])
+def test_what_is_absent_in_a_whole_cycle_is_in_no_norm_inside(params):
+    """Decay in front of a norm would bring it in, if the rule were handed a zero for it."""
+    missing = {"a": jnp.ones(2), "b": None}
+    plain, state = stepped(DECAYED, params, DECAYED.init(params), missing)
+    gated = jr.accumulate(DECAYED, 1)
+    accumulated, gate = stepped(gated, params, gated.init(params), missing)
+    same(accumulated, plain)
+    assert jr.metrics(gate)["grad_norm"] == jr.metrics(state)["grad_norm"]
+
+
+def test_what_is_absent_beside_one_that_had_a_gradient_stays():
+    """Two that have no gradient in the last call; one of them had one before, the other has none in the cycle."""
+    rule = jr.accumulate(jr.adamw(0.1), 2)
+    params = {key: jnp.ones(2) for key in "abc"}
+    _, state = first = stepped(rule, params, rule.init(params), {"a": jnp.ones(2), "b": jnp.ones(2), "c": None})
+    new, after = stepped(rule, *first, {"a": jnp.ones(2), "b": None, "c": None})
+    same(new["c"], params["c"])
+    adam, before = jr.find(after, AdamState), jr.find(state, AdamState)
+    same((adam.m["c"], adam.v["c"]), (before.m["c"], before.v["c"]))
+    assert jnp.all(new["b"] < params["b"])
+    np.testing.assert_allclose(adam.m["b"], 0.05, rtol=1e-6)
+
+
+def test_accumulation_does_not_nest():
+    with pytest.raises(ValueError, match=r"accumulate: skip_nonfinite\(accumulate\(.*accumulates already"):
+        jr.accumulate(jr.skip_nonfinite(jr.accumulate(jr.sgd(0.1), 2)), 2)
+
+
+@pytest.mark.parametrize("tree", [lambda x: x, lambda x: {"w": x}], ids=["array", "dict"])
+def test_memory_of_the_whole_rule_goes_on_where_no_parameter_has_a_gradient(tree):
+    rule = jr.accumulate(jr.chain(jr.sgd(0.1), jr.reduce_on_plateau(0.5, patience=0)), 1)
+    params = tree(jnp.ones(2))
+    state = rule.init(params)
+    for value in (1.0, 2.0, 3.0):
+        params, state = rule.apply(tree(None), state, params, value=value)
+    assert jr.metrics(state)["plateau_scale"] == 0.25
+
+
+def test_what_an_eager_step_records_is_a_copy():
+    loss = jnp.float32(3.0)
+    rule = jr.skip_spikes(jr.sgd(0.1), 4, of="value")
+    _, state = rule.apply(PARAMS, rule.init(PARAMS), PARAMS, value=loss)
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert not loss.is_deleted()

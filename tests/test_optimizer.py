@@ -718,3 +718,60 @@ def test_gradient_patterns_of_a_pytree_come_and_go():
     # a: steps at 1, 2, 4; b: at 2, 3, 4. Each: −0.1, −0.19, −0.271.
     np.testing.assert_allclose([tree["a"][0], tree["b"][0]], [-0.561, -0.561], rtol=1e-6)
     assert traced.count == 3
+
+
+# Rules around rules
+
+
+def test_accumulated_gradients_count_where_the_last_call_has_none():
+    opt, zero, one = jr.Optimizer(jr.accumulate(jr.sgd(1.0), 2)), jnp.zeros(1), jnp.ones(1)
+    tree = opt.update({"a": zero, "b": zero}, {"a": one, "b": one})
+    tree = opt.update(tree, {"a": one, "b": None})
+    assert (float(tree["a"][0]), float(tree["b"][0])) == (-1.0, -0.5)
+
+
+def test_and_those_of_parameters():
+    opt = jr.Optimizer(jr.accumulate(jr.sgd(1.0), 2), hook=[jr.scale(1.0)])
+    bag = Bag({"a": jr.Parameter([0.0], [1.0]), "b": jr.Parameter([0.0], [1.0])})
+    opt.update(bag)
+    bag.params()["b"].grad = None
+    opt.update(bag)
+    assert [float(p.data[0]) for p in bag.params().values()] == [-1.0, -0.5]
+    assert bag.params()["b"].grad is None
+
+
+@pytest.mark.parametrize("labels", [("w", "b"), ("b", "other")])
+def test_labels_may_be_called_like_parameters(labels):
+    first, second = labels
+    rule = jr.partition(
+        {first: jr.sgd(0.1, momentum=0.9), second: jr.adam(0.1)},
+        by=lambda path, x: first if path == first else second,
+    )
+    bag = Bag({"w": jr.Parameter([1.0], [3.0]), "b": jr.Parameter([1.0], None)})
+    opt, other = jr.Optimizer(rule), jr.Optimizer(rule)
+    opt.update(bag)
+    saved = opt.state_dict(bag)
+    other.load_state_dict(bag, saved)
+    chex.assert_trees_all_equal(other.state_dict(bag), saved)
+    bag.params()["b"].grad = bag.params()["b"].data
+    other.update(bag)
+    assert len(other.state_dict(bag)) > len(saved)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    tree = {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
+    with pytest.raises(ValueError, match=r"two leaves of the model have the same path, 'a/b'"):
+        jr.Optimizer(jr.sgd(0.1)).update(tree, tree)
+
+
+def test_evaluating_one_of_two_models():
+    opt = jr.Optimizer(jr.average(jr.sgd(1.0), 0.5, debias=False))
+    bags = [Bag({"w": jr.Parameter([0.0], [1.0])}) for _ in range(2)]
+    for bag in (*bags, *bags):
+        opt.update(bag)
+    weight = bags[0].params()["w"]
+    with opt.evaluating(bags[0]):
+        assert float(weight.data[0]) == -1.5
+    assert float(weight.data[0]) == -2.0
+    with pytest.raises(ValueError, match=r"with opt.evaluating\(model\)"):
+        opt.eval_params({"w": jnp.ones(1)})

@@ -600,3 +600,18 @@ def test_a_state_is_loaded_where_the_template_is():
     params = jax.device_put(PARAMS, jax.devices()[1])
     state, _ = load_state_dict(jr.adam().init(params), state_dict(trained(jr.adam())))
     assert all(x.devices() == {jax.devices()[1]} for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("params", [jnp.ones(2), {"w": jnp.ones(2)}], ids=["array", "dict"])
+def test_reset_leaves_the_memory_of_the_whole_rule(params):
+    rule = jr.average(jr.sgd(0.1))
+    state = rule.init(params)
+    for _ in range(3):
+        params, state = rule.apply(params, state, params)
+    assert jr.reset(rule, state, params, lambda path, x: True).samples == 3
+
+
+def test_two_leaves_of_one_path_cannot_be_saved():
+    params = {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
+    with pytest.raises(ValueError, match=r"two leaves of the state have the same path, 'adam.m.a/b'"):
+        jr.state_dict(jr.adam().init(params))
