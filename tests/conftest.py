@@ -3,9 +3,14 @@
 Tests marked `x64` run in the second alone, all others in the first alone.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+
+# Programs of tests run for milliseconds: to compile them is what they cost. It concerns machine code alone, and so
+# neither temporaries nor copies. JAX reads it when it first needs a device.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest

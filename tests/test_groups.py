@@ -276,30 +276,6 @@ def test_set_to_zero_as_the_rule_of_a_group():
     assert (new["head"] != PARAMS["head"]).all()
 
 
-LARGE = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(8)}
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        jr.partition({"a": jr.accumulate(jr.adamw(), 4), "b": jr.sgd(0.1, 0.9)}, {"a": ["0", "1", "2"]}),
-        jr.partition(
-            {"a": jr.skip_nonfinite(jr.adamw()), "b": jr.accumulate(jr.chain(jr.clip_grad(1.0), jr.adamw()), 2)},
-            {"a": ["0", "1", "2"]},
-        ),
-        jr.freeze(jr.accumulate(jr.chain(jr.clip_grad(1.0), jr.adamw()), 4), ["0", "1"]),
-        jr.partition({"a": jr.freeze(jr.skip_nonfinite(jr.adamw()), "0"), "b": jr.sgd(0.1)}, {"a": ["0", "1"]}),
-    ],
-    ids=repr,
-)
-def test_gates_inside_groups_stay_branches_without_temporaries(rule):
-    state = jax.eval_shape(rule.init, LARGE)
-    step = jax.jit(lambda params, state, grads: rule.apply(grads, state, params), donate_argnums=(0, 1))
-    program = step.lower(LARGE, state, LARGE).compile()
-    assert "conditional(" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes <= 4096
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is absent
 # ---------------------------------------------------------------------------------------------------------------------
