@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +48,12 @@ class _Project(Leafwise):
         ps = trees.align(treedef, params, "the parameters", "the updates")
         moved = trees.align(treedef, trees.apply_updates(params, grads), "the parameters")
         chosen = self._per_leaf(self._begin(grads, state, params), params)
-        fn = self.function.fn  # pyright: ignore[reportFunctionMemberAccess]
+        projected = cast(_Projection, self.function).projected
         for k, (u, p) in enumerate(zip(updates, ps, strict=True)):
             if is_inexact(u) and is_inexact(p) and chosen(k)["chosen"] is not None:
                 wide = jnp.promote_types(widened(p.dtype), widened(u.dtype))
                 # Applied last, so that a bound holds to the bit: p + (bound − p) need not be the bound.
-                moved[k] = fn(p.astype(wide) + u.astype(wide)).astype(p.dtype)
+                moved[k] = projected(p.astype(wide) + u.astype(wide)).astype(p.dtype)
         return jax.tree.unflatten(treedef, moved), new_state
 
 

@@ -457,7 +457,10 @@ def test_reset_of_some_parameters():
     fresh = rule.init(PARAMS)
     for where in ("w", lambda path, p: p.ndim == 2):
         new = reset(rule, state, PARAMS, where)
-        slots = lambda s: (s[0].mu, s[1].mean, find(s, AdamState).m, find(s, AdamState).v)  # noqa: E731
+
+        def slots(s):
+            return s[0].mu, s[1].mean, find(s, AdamState).m, find(s, AdamState).v
+
         for before, after, born in zip(slots(state), slots(new), slots(fresh), strict=True):
             assert same(after["w"], born["w"])
             assert same(after["b"], before["b"])
