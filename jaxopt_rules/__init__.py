@@ -13,6 +13,7 @@ from jaxopt_rules.compose import freeze as freeze
 from jaxopt_rules.compose import identity as identity
 from jaxopt_rules.compose import masked as masked
 from jaxopt_rules.compose import partition as partition
+from jaxopt_rules.descend import descend as descend
 from jaxopt_rules.directions import layerwise_decay as layerwise_decay
 from jaxopt_rules.directions import normalize as normalize
 from jaxopt_rules.directions import scale_by_leaf_rms as scale_by_leaf_rms

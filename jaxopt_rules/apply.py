@@ -10,7 +10,7 @@ from jaxopt_rules.rule import Definition, Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
-Decay = Literal["decoupled", "independent", "corrected", "cautious", "initial"]
+Decay = Literal["decoupled", "independent", "corrected", "cautious", "proximal", "initial"]
 
 
 class StepState(NamedTuple):
@@ -47,6 +47,12 @@ def _cautious(d: Array, *, p: Array, learning_rate: Array, weight_decay: Array |
     return u - jnp.where((u * p.conj()).real <= 0, learning_rate * weight_decay * p, 0)
 
 
+def _proximal(d: Array, *, p: Array, learning_rate: Array, weight_decay: Array | None) -> Array:
+    if weight_decay is None:
+        return -learning_rate * d
+    return -learning_rate / (1 + learning_rate * weight_decay) * (d + weight_decay * p)
+
+
 class InitialStepState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # learning_rate, weight_decay
@@ -66,6 +72,7 @@ _LEAVES = {
     "independent": _independent,
     "corrected": _corrected,
     "cautious": _cautious,
+    "proximal": _proximal,
     "initial": _initial,
 }
 
@@ -92,6 +99,7 @@ def step(
                                                                  optimi `decouple_lr`, Composer, FlashOptim
         "corrected"      θ ← θ − α (d + (α / α_max) λ θ)         AdamC, arXiv:2506.02285; timm `adamc`, levanter
         "cautious"       θ ← θ − α (d + λ 1[d θ ≥ 0] θ)          arXiv:2510.12402; nanochat, HeavyBall
+        "proximal"       θ ← (θ − α d) / (1 + α λ)               Adan, arXiv:2208.06677
         "initial"        θ ← θ − α (d + λ (θ − θ₀))              L2-SP, arXiv:1802.01483, for fine-tuning; HeavyBall
         in front         chain(weight_decay(λ), direction, step(α)): g ← g + λ θ before the moments see it;
                          PyTorch's `Adam(weight_decay=λ)`
@@ -99,8 +107,9 @@ def step(
     Under "decoupled" parameters shrink by α λ in each step: a smaller α needs a larger λ. Under "independent" they
     shrink by λ at the peak of the schedule, whatever α_max is: λ is some thousand times smaller. "corrected" is
     "decoupled" at the peak, and keeps the ratio of gradient to parameter norm from growing as α falls. "cautious"
-    leaves alone what the direction moves away from 0; of complex numbers the real part of d θ̄ counts. "initial" pulls
-    towards the parameters that `init` was given.
+    leaves alone what the direction moves away from 0; of complex numbers the real part of d θ̄ counts. "proximal" is
+    the implicit form of "decoupled", which no λ makes overshoot. "initial" pulls towards the parameters that `init` was
+    given.
 
     Args:
       peak: α_max, the hyperparameter `peak` of "independent" and "corrected". By default the learning rate, where that

@@ -341,7 +341,7 @@ def average(
     if window is not None:
         return _Window(State=WindowState, hyper={}, rule=member, slot="recent", size=window, start=start, every=every)
     if decay is not None:
-        check("decay", decay)
+        check("one_minus_decay", decay)
     return _Average(
         State=AverageState,
         hyper={} if decay is None else {"one_minus_decay": decay},

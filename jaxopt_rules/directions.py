@@ -248,10 +248,6 @@ def _layerwise_decay(g: Array, *, layer_decay: Array, above: Array) -> Array:
 
 
 class _LayerwiseDecay(Leafwise):
-    def init(self, params: Any) -> Any:
-        self.given["above"](trees.paths(params), trees.flatten(params)[0])
-        return super().init(params)
-
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         decay = _at_birth(self.hyper["layer_decay"])
         above = self.given["above"](paths, leaves)

@@ -43,9 +43,6 @@ _DOMAINS = {
     "eps": _NOT_NEGATIVE,
     "every": _COUNT,
     "sigmas": _NOT_NEGATIVE,
-    "b1": _DECAY_RATE,
-    "b2": _DECAY_RATE,
-    "decay": _DECAY_RATE,
     "layer_decay": _NOT_NEGATIVE,
     "max_value": _NOT_NEGATIVE,
     "max_ratio": _NOT_NEGATIVE,
@@ -58,15 +55,18 @@ _DOMAINS = {
 }
 
 
-def check(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
-    """Refuses a value that the hyperparameter `name` cannot take. Schedules and traced values pass unseen.
+def check(stored_name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
+    """Refuses a value that this hyperparameter cannot take. Schedules and traced values pass unseen.
+
+    What a state keeps as `one_minus_...` is a decay rate, in [0, 1), whatever its name.
 
     Raises:
       TypeError: the value is not a real number.
-      ValueError: it is not of this shape, is NaN, or lies outside the domain of `name`.
+      ValueError: it is not of this shape, is NaN, or lies outside its domain.
     """
     if callable(value):
         return
+    name = public_name(stored_name)
     real_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     real_array = isinstance(value, jax.Array | np.ndarray) and (
         jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
@@ -78,7 +78,7 @@ def check(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
         raise ValueError(f"{name} {wanted} {jnp.shape(value)}")
     if isinstance(value, Tracer):
         return
-    domain = _DOMAINS.get(name, _ANY)
+    domain = _DECAY_RATE if stored_name.startswith(COMPLEMENT) else _DOMAINS.get(name, _ANY)
     if not np.all(domain.contains(np.asarray(value, np.float64))):
         raise ValueError(f"{name} {domain.text}, not {value}")
 
@@ -102,7 +102,7 @@ def scheduled(stored_name: str, schedule: Callable[[Any], Any], count: Array) ->
       ValueError: it gives no scalar; or, where nothing is traced, one outside the hyperparameter's domain.
     """
     value = schedule(count)
-    check(public_name(stored_name), value)
+    check(stored_name, value)
     # A copy: the state shares no buffer with what the schedule may hold.
     return jnp.array(encode(stored_name, value), jnp.result_type(float))
 

@@ -66,8 +66,9 @@ def _prng_key(key: Any) -> Array:
     raise TypeError(f"a key is a seed (an integer) or a typed key, jax.random.key(0), not {key!r}")
 
 
-def _born(birth: Callable[[Any], Any], p: Any) -> Any:
-    slot = birth(p)
+def _born(birth: Callable[..., Any], p: Any, given: Mapping[str, Any]) -> Any:
+    asked = inspect.signature(birth).parameters if given else ()
+    slot = birth(p, **{name: value for name, value in given.items() if name in asked})
     # A birth of its own may hand out the parameter's buffer, as `astype` does where it has nothing to do.
     return slot if birth in (zeros, real_zeros, copied) else jax.tree.map(jnp.array, slot)
 
@@ -152,7 +153,7 @@ class Lift(Clocked):
     """The front half that both lifts share: clock, hyperparameters, schedules, and what is absent."""
 
     function: Callable[..., Any]
-    births: Mapping[str, Callable[[Any], Any]]  # by slot, in the order of the state's fields
+    births: Mapping[str, Callable[..., Any]]  # by slot, in the order of the state's fields
     shared: Mapping[str, Any]  # by field of the state: the first value of what belongs to no parameter
     key: Any
     where: Mapping[str, Selector | None]
@@ -189,11 +190,20 @@ class Lift(Clocked):
         whole = {field: _born_shared(value) for field, value in self.shared.items()}
         whole |= {"key": _prng_key(self.key)} if "key" in self.wants else {}
         whole |= {"metrics": {name: _born_shared(0.0) for name in self.metrics}} if self.metrics else {}
+        given = self._given(params, leaves)
         slots = {
-            slot: jax.tree.unflatten(treedef, [_born(birth, p) if is_inexact(p) else None for p in leaves])
+            slot: jax.tree.unflatten(
+                treedef, [_born(birth, p, given(k)) if is_inexact(p) else None for k, p in enumerate(leaves)]
+            )
             for slot, birth in self.births.items()
         }
         return self.State(**trees.placed_with(leaves, self.born(**whole)), **slots)
+
+    def _given(self, model: Any, leaves: Sequence[Any]) -> Callable[[int], dict[str, Any]]:
+        """For leaf k of the model, what it is `given`."""
+        paths = trees.paths(model) if self.given else []
+        given = {name: function(paths, leaves) for name, function in self.given.items()}
+        return lambda k: {name: values[k] for name, values in given.items()}
 
     def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
         self.check_state(state)
@@ -270,15 +280,13 @@ class Leafwise(Lift):
         if not (self.where or self.given):
             return lambda k: {}
         # The whole model decides, also that part of it for which one `None` stands among the gradients.
-        paths, leaves = trees.paths(model), trees.flatten(model)[0]
+        leaves = trees.flatten(model)[0]
+        paths = trees.paths(model)
         denied = {name: [not hit for hit in select(by, paths, leaves)] for name, by in self.where.items()}
-        given = {name: function(paths, leaves) for name, function in self.given.items()}
+        given = self._given(model, leaves)
         parts = at.treedef.flatten_up_to(model)
         offset = [0, *itertools.accumulate(len(trees.flatten(part)[0]) for part in parts)]
-        return lambda k: (
-            {name: values[offset[k]] for name, values in given.items()}
-            | {name: None for name, values in denied.items() if values[offset[k]]}
-        )
+        return lambda k: given(offset[k]) | {name: None for name, values in denied.items() if values[offset[k]]}
 
 
 def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[str, Any], dtype: Any) -> Any:
@@ -286,7 +294,15 @@ def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[
     wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(dtype)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
         wide = jnp.promote_types(wide, jnp.complex64)
-    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, keywords)
+    static = tuple((name, value) for name, value in keywords.items() if _is_static(value))
+    traced = {name: value for name, value in keywords.items() if not _is_static(value)}
+    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, traced, static)
+
+
+def _is_static(value: Any) -> bool:
+    """Whether it is known when the formula is traced: neither a number, nor what stands for one that is absent."""
+    number = isinstance(value, jax.Array | np.ndarray | np.generic | int | float) and not isinstance(value, bool)
+    return not number and value is not None
 
 
 # By the function that was compiled, which may go: nothing here keeps it alive.
@@ -307,13 +323,13 @@ def _compiled_leaf(leaf: Callable[..., Any], wide: jnp.dtype) -> Callable[..., A
 def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Callable[..., Any]:
     scalar = real(wide)
 
-    def call(g: Array, slots: list[Any], keywords: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
+    def call(g: Array, slots: list[Any], keywords: dict[str, Any], static: Any) -> tuple[Array, tuple[Any, ...]]:
         dtypes = dict.fromkeys(keywords, scalar) | {"p": wide}
         cast_keywords = {
             key: value if value is None or key == "key" else jnp.asarray(value).astype(dtypes[key])
             for key, value in keywords.items()
         }
-        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords)
+        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords, **dict(static))
         out, new = _parts(name, result, len(slots))
         out = jnp.asarray(out, wide)
         if out.shape != g.shape:
@@ -321,7 +337,7 @@ def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Ca
         return out, tuple(_as_before(name, x, old) for x, old in zip(new, slots, strict=True))
 
     call.__name__ = name.lstrip("_")
-    return jax.jit(call)
+    return jax.jit(call, static_argnames="static")
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -397,7 +413,7 @@ def leafwise(
     leaf: Callable[..., Any],
     State: type,
     *,
-    slots: Mapping[str, Callable[[Any], Any]] | None = None,
+    slots: Mapping[str, Callable[..., Any]] | None = None,
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
     key: Any = None,
@@ -422,9 +438,13 @@ def leafwise(
         another one in each update and for each path), what it is `given`, and extra arguments. Where it asks for
         `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1.
       State: a NamedTuple with the fields `count`, `hyper`, `key` if the leaf function asks for one, and the slots.
-      slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`.
+      slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`. A slot may
+        have any shape, or be a tree of arrays. A birth that has an argument of the name of what leaves are `given`
+        receives it.
       where: for a hyperparameter, the leaves that it applies to; elsewhere the leaf function receives `None` for it.
-      given: for a keyword, a function of all paths and leaves that returns a number (or `None`) for each of them.
+      given: for a keyword, a function of all paths and leaves that returns a value for each of them, and may refuse one
+        by an error. A number (or `None`) is traced; anything else, such as a `MatrixView` or a `bool`, must be
+        hashable, and is known when the formula is traced.
       key: a seed, or a typed PRNG key (`jax.random.key`); it stays in the state as it is.
       extra: names of extra arguments of `update` that the leaf function asks for.
       place: where in a chain the rule stands: in "front" of the member that makes updates, as hooks and directions do;
@@ -505,7 +525,7 @@ def lift(
     State: type,
     hyper: Mapping[str, Any],
     *,
-    births: Mapping[str, Callable[[Any], Any]] | None = None,
+    births: Mapping[str, Callable[..., Any]] | None = None,
     shared: Mapping[str, Any] | None = None,
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
@@ -542,8 +562,8 @@ def lift(
         raise TypeError(f"{title} asks for {name}, which is no hyperparameter: {tuple(hyper)}")
     for name in sorted(stored.keys() - wants) + sorted((set(extra) | given.keys()) - wants):
         raise TypeError(f"{title} does not ask for {name}")
-    for name, value in hyper.items():
-        check(name, value)
+    for stored_name, name in stored.items():
+        check(stored_name, hyper[name])
     if key is not None:
         _prng_key(key)
     selectors = {name: selector for name, selector in (where or {}).items() if selector is not None}

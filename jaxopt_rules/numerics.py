@@ -1,6 +1,6 @@
 """The arithmetic that every rule shares: running means, bias corrections, norms, and the precision they use."""
 
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,38 @@ def ema(mean: Array, x: Array, one_minus_b: Array) -> Array:
 def debias(mean: Array, one_minus_b: Array, t: Array) -> Array:
     """m / (1 − bᵗ): what a running mean that began at zero says after `t` values."""
     return mean / one_minus_power(one_minus_b, t)
+
+
+# Where ε stands in m / √v. The field has all four, and they differ by more than a rounding wherever |g| is near ε.
+Epsilon = Literal["outside", "hat", "inside", "max"]
+
+
+def check_epsilon(where: str) -> None:
+    """Refuses what is no place for ε.
+
+    Raises:
+      ValueError: names the places.
+    """
+    if where not in ("outside", "hat", "inside", "max"):
+        raise ValueError(f'eps_placement is "outside", "hat", "inside" or "max", not {where!r}')
+
+
+def over_root(m: Array, v: Array, eps: Array, where: Epsilon, correction: ArrayLike = 1) -> Array:
+    """m / √(v / c) with ε where `where` says; c is the bias correction of v.
+
+    outside   m / (√(v / c) + ε)     Kingma & Ba, Algorithm 1; PyTorch, Optax
+    hat       √c m / (√v + ε)        the same authors, end of section 2; Keras, TensorFlow
+    inside    m / √(v / c + ε)       Optax's `eps_root`, TensorFlow's RMSProp
+    max       m / max(√(v / c), ε)   HeavyBall, ADOPT; 0 / 0 is 0
+    """
+    if where == "hat":
+        return sqrt(jnp.asarray(correction, v.dtype)) * m / (sqrt(v) + eps)
+    v = v / correction
+    if where == "outside":
+        return m / (sqrt(v) + eps)
+    if where == "inside":
+        return quotient(m, sqrt(v + eps), otherwise=0)
+    return quotient(m, jnp.maximum(sqrt(v), eps), otherwise=0)
 
 
 def abs2(x: Array) -> Array:

@@ -149,7 +149,7 @@ def _spells(text: str, context: Sequence[str], name: str) -> bool:
 def replacement(entry: Entry, value: Any) -> Array:
     """`value` checked, encoded, and stored as the entry's old value was: its shape, dtype and sharding."""
     old = entry.value
-    check(entry.name, value, jnp.shape(old))
+    check(entry.key, value, jnp.shape(old))
     new = jnp.array(encode(entry.key, value), old.dtype)
     return trees.placed_like(new, old)
 
@@ -452,7 +452,7 @@ def load_state_dict(
     ]
     loaded = jax.tree.unflatten(treedef, restored)
     for entry in () if new else hyperparameter_entries(loaded).values():
-        check(entry.name, _value(entry), jnp.shape(_value(entry)))
+        check(entry.key, _value(entry), jnp.shape(_value(entry)))
     return loaded, report
 
 

@@ -319,7 +319,7 @@ class Optimizer:
                 f"{type(self).__name__} has no field {name!r}; its fields are {', '.join(self._field_names())}, hook"
             )
         entry = self._fields[field]
-        check(entry.name, value)
+        check(entry.key, value)
         if callable(value):
             scheduled(entry.key, cast(Schedule, value), self._count_of(field))
         if self._pending is not None:

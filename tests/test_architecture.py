@@ -22,11 +22,12 @@ ORDER = [
     ["rule"],
     ["lift"],
     ["apply", "hooks", "updates", "compose"],
-    ["directions", "gates", "averages"],
+    ["descend", "matrices", "directions", "gates", "averages"],
     ["rules"],
     ["state", "explain"],
     ["stateful"],
     ["models"],
+    ["conformance"],
     ["experiments"],
     ["__main__"],
 ]
@@ -59,7 +60,15 @@ def test_imports_run_one_way(path):
             assert RANK[other] < RANK[part(path)] or same_folder, name
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "rules").glob("*.py")), ids=lambda path: path.name)
+def is_tree_level(path: Path) -> bool:
+    """Whether a file says that its rules look across arrays."""
+    return "tree-level" in (ast.get_docstring(ast.parse(path.read_text())) or "").lower()
+
+
+LEAF_LEVEL = [path for path in sorted((PACKAGE / "rules").glob("*.py")) if not is_tree_level(path)]
+
+
+@pytest.mark.parametrize("path", LEAF_LEVEL, ids=lambda path: path.name)
 def test_rules_know_nothing_of_trees(path):
     assert not [name for name in imports(path) if name.startswith(("jax.tree", "jaxopt_rules.trees"))]
     assert "jax.tree" not in path.read_text()

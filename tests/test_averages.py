@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference as ref
 from conftest import stepped
-from table import each
+from table.row import each
 
 import jaxopt_rules as jr
 

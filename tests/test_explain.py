@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import ROWS, WRAPPERS
+from table import ROWS
 
 import jaxopt_rules as jr
 from jaxopt_rules.tables import Table
@@ -115,7 +115,7 @@ def test_no_array_stays_behind(params):
     assert len(table.rows) == len(ALL)
 
 
-@pytest.mark.parametrize("row", [*ROWS, *WRAPPERS], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_bytes_are_those_of_the_state(row):
     """All that a state has with axes is a slot of some parameter, but for the window of `skip_spikes`."""
     params = {"b": jnp.ones(3, jnp.bfloat16), "w": jnp.ones((2, 3)), "x": {"y": jnp.ones((4, 4))}}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import reference as ref
 from conftest import quick_jit, stepped
-from table import ADAM, WARMUP_COSINE, WRAPPERS, each, warmup_cosine
+from table import wrappers as table_of_wrappers
+from table.row import ADAM, WARMUP_COSINE, each, warmup_cosine
 
 import jaxopt_rules as jr
 from jaxopt_rules.rules.adam import AdamState
@@ -92,6 +93,7 @@ WAYS = [
     Way("donated", donated),
     Way("eager_then_donated", donated_between_eager_steps),
 ]
+WRAPPERS = table_of_wrappers.ROWS
 wrappers = pytest.mark.parametrize("row", WRAPPERS, ids=lambda row: row.name)
 
 

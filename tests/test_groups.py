@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import quick_jit, stepped
 from golden import Bag
-from table import WRAPPERS
+from table import wrappers
 
 import jaxopt_rules as jr
 from jaxopt_rules.models import LSTM, MLP, mean_squared_error
@@ -860,7 +860,7 @@ def test_a_frozen_name_is_frozen_in_every_model():
 # ---------------------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[[], jr.Rule]] = {
-    row.name: row.make for row in WRAPPERS if row.rate is not None and not row.extra
+    row.name: row.make for row in wrappers.ROWS if row.rate is not None and not row.extra
 }
 
 

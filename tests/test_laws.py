@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from conftest import quick_jit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from table import ROWS, Row
+from table import ROWS as TABLE
+from table import Row
 
 import jaxopt_rules as jr
 from jaxopt_rules.numerics import widened
+
+ROWS = [row for row in TABLE if row.laws]
 
 
 # Rows of one group run in one worker, which then probes each row once.

@@ -4,9 +4,9 @@ from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
-from jaxopt_rules import hooks
 from jaxopt_rules.apply import Decay, step
 from jaxopt_rules.compose import chain
+from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
 from jaxopt_rules.numerics import abs2, debias, ema, one_minus_power, sqrt
 from jaxopt_rules.rule import Rule, constructor
@@ -145,10 +145,7 @@ def adamw(
     """
     _check_bias_correction(bias_correction)
     if bias_correction == "moments":
-        if decay == "l2":
-            hook = hooks.weight_decay(weight_decay, where)
-            return chain(hook, adam_direction(b1, b2, eps), step(learning_rate, peak=peak))
-        return chain(adam_direction(b1, b2, eps), step(learning_rate, weight_decay, where, decay=decay, peak=peak))
+        return descend(adam_direction(b1, b2, eps), learning_rate, weight_decay, where, decay=decay, peak=peak)
     if decay != "decoupled" or peak is not None:
         raise ValueError('adamw: bias_correction="step" has decoupled decay alone; others need "moments"')
     return leafwise(

@@ -1,9 +1,4 @@
-"""Every rule once more, in NumPy float64, transcribed from its paper: what `test_reference.py` holds the rules against.
-
-A reference is a generator. It is sent `(g, p)`, the gradient and the parameter, and yields its result; its local
-variables are its memory. Those of one array are lifted to trees by `each`, which knows nothing of the package.
-A hyperparameter is a number, or a function of the number of finished updates.
-"""
+"""The references of hooks, directions, terminals and wrappers, and what lifts a reference to trees."""
 
 import itertools
 from collections.abc import Callable, Generator
@@ -45,7 +40,8 @@ def chain(*members: Reference) -> Reference:
 def step(learning_rate, weight_decay=0.0, decay="decoupled", peak=None) -> Reference:
     """Loshchilov & Hutter 2019, Algorithm 2, line 12, with decay multiplied by the rate ("decoupled") or as it is
     written, with η = α / peak ("independent"); arXiv:2506.02285 ("corrected"); arXiv:2510.12402 ("cautious");
-    arXiv:1802.01483, without its factor for what is new ("initial")."""
+    arXiv:2208.06677, Algorithm 1, line 7 ("proximal"); arXiv:1802.01483, without its factor for what is new
+    ("initial")."""
     start = out = None
     for t in itertools.count(1):
         d, p = yield out
@@ -59,6 +55,8 @@ def step(learning_rate, weight_decay=0.0, decay="decoupled", peak=None) -> Refer
             out = -alpha * d - alpha**2 / peak * rate * p
         elif decay == "cautious":
             out = -alpha * d - alpha * rate * p * (np.real(d * np.conj(p)) >= 0)
+        elif decay == "proximal":
+            out = (p - alpha * d) / (1 + alpha * rate) - p
         else:
             out = -alpha * d - alpha * rate * (p - start)
 

@@ -1,10 +1,7 @@
-"""One row per rule: how it is made, what it is held against, and what is particular about it."""
+"""Hooks, directions, terminals, and the rules that are documented."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +9,7 @@ import numpy as np
 import reference as ref
 
 import jaxopt_rules as jr
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    make: Callable[[], jr.Rule]
-    reference: Callable[[], ref.Reference]
-    live: str | None  # the hyperparameter that the laws about live values change
-    rate: float | None = None  # of a rule that gives updates; None: it gives gradients or directions
-    leafwise: bool = True
-    every: int = 1  # the rule inside acts in every k-th call
-    extra: Mapping[str, Any] = field(default_factory=dict)  # passed to all calls
-    aligned: bool = True  # whether updates follow the gradient so closely that law 1 holds
-
-
-def each(make: Callable[..., ref.Reference], *args, **kwargs) -> Callable[[], ref.Reference]:
-    return partial(ref.each, partial(make, *args, **kwargs))
-
-
-def pointwise(formula: Callable, *values) -> Callable[[], ref.Reference]:
-    return each(ref.pointwise, formula, *values)
+from table.row import ADAM, WARMUP_COSINE, Row, chained, each, pointwise, warmup_cosine
 
 
 def tanh(grads):
@@ -43,24 +20,18 @@ def by_axes(path, p) -> int:
     return p.ndim
 
 
-def chained(*makes: Callable[[], ref.Reference]) -> Callable[[], ref.Reference]:
-    return lambda: ref.chain(*(make() for make in makes))
-
-
-def warmup_cosine(count: int) -> float:
-    """Up to 0.01 over 5 updates, then half a cosine down to 0 over 40."""
-    return 0.01 * count / 5 if count < 5 else 0.005 * (1 + math.cos(math.pi * min(count - 5, 40) / 40))
-
-
-WARMUP_COSINE = jr.Warmup(jr.Cosine(0.01, 40), 5)
-ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-
 ROWS = [
     Row("weight_decay", lambda: jr.weight_decay(0.1), each(ref.weight_decay, 0.1), "weight_decay"),
     Row("clip", lambda: jr.clip_by_global_norm(2.0), partial(ref.clip, 2.0), "max_norm", leafwise=False),
     Row("clip_by_leaf_norm", lambda: jr.clip_by_leaf_norm(0.5), pointwise(ref.clip_by_leaf_norm, 0.5), "max_norm"),
     Row("clip_by_block_rms", lambda: jr.clip_by_block_rms(0.5), pointwise(ref.clip_by_block_rms, 0.5), "threshold"),
-    Row("clip_by_value", lambda: jr.clip_by_value(0.5), pointwise(ref.clip_by_value, 0.5), "max_value"),
+    Row(
+        "clip_by_value",
+        lambda: jr.clip_by_value(0.5),
+        pointwise(ref.clip_by_value, 0.5),
+        "max_value",
+        complex=False,
+    ),
     Row(
         "adaptive_grad_clip",
         lambda: jr.adaptive_grad_clip(0.1, eps=0.5),
@@ -112,6 +83,20 @@ ROWS = [
         "step_cautious",
         lambda: jr.step(0.1, 0.5, decay="cautious"),
         each(ref.step, 0.1, 0.5, "cautious"),
+        "weight_decay",
+        0.1,
+    ),
+    Row(
+        "step_proximal",
+        lambda: jr.step(0.1, 0.5, decay="proximal"),
+        each(ref.step, 0.1, 0.5, "proximal"),
+        "weight_decay",
+        0.1,
+    ),
+    Row(
+        "descend_l2",
+        lambda: jr.descend(jr.momentum_direction(0.9), 0.1, 0.5, decay="l2"),
+        chained(each(ref.weight_decay, 0.5), each(ref.velocity, 0.9), each(ref.step, 0.1)),
         "weight_decay",
         0.1,
     ),
@@ -241,176 +226,3 @@ ROWS = [
         0.1,
     ),
 ]
-
-
-def by_matrix(path, p) -> str:
-    return "matrix" if p.ndim == 2 else "rest"
-
-
-def is_matrix(path, p) -> bool:
-    return p.ndim == 2
-
-
-def is_vector(path, p) -> bool:
-    return p.ndim == 1
-
-
-def third(count):
-    return count % 3 == 2
-
-
-def odd(count):
-    return count % 2 == 1
-
-
-def in_unit_box(x):
-    return x.clip(-1, 1)
-
-
-ADAMW_REFERENCE = chained(each(ref.adam_direction, **ADAM), each(ref.step, 0.1, 0.1))
-VELOCITY_REFERENCE = chained(each(ref.velocity, 0.9), each(ref.step, 0.1))
-GROUPS = {"matrix": VELOCITY_REFERENCE, "rest": ADAMW_REFERENCE}
-
-
-def adamw() -> jr.Rule:
-    return jr.adamw(0.1, weight_decay=0.1)
-
-
-def groups() -> ref.Reference:
-    return ref.partition({name: make() for name, make in GROUPS.items()}, by_matrix)
-
-
-# Rules around rules.
-WRAPPERS = [
-    Row(
-        "accumulate",
-        lambda: jr.accumulate(adamw(), 3),
-        lambda: ref.accumulate(ADAMW_REFERENCE(), 3),
-        "learning_rate",
-        0.1,
-        leafwise=False,
-        every=3,
-    ),
-    Row(
-        "accumulate_sum",
-        lambda: jr.accumulate(jr.sgd(0.1, 0.9), 3, reduce="sum", nonfinite="keep"),
-        lambda: ref.accumulate(VELOCITY_REFERENCE(), 3, np.sum),
-        "learning_rate",
-        0.1,
-        every=3,
-    ),
-    Row("skip_nonfinite", lambda: jr.skip_nonfinite(adamw()), ADAMW_REFERENCE, "weight_decay", 0.1, leafwise=False),
-    Row(
-        "skip_spikes",
-        lambda: jr.skip_spikes(adamw(), 8, 2.0),
-        lambda: ref.skip_spikes(ADAMW_REFERENCE(), 8, 2.0),
-        "learning_rate",
-        0.1,
-        leafwise=False,
-    ),
-    Row(
-        "when",
-        lambda: jr.when(adamw(), third),
-        lambda: ref.when(ADAMW_REFERENCE(), third),
-        "learning_rate",
-        0.1,
-        every=3,
-    ),
-    Row(
-        "when_clip",
-        lambda: jr.when(jr.clip_by_global_norm(2.0), odd),
-        lambda: ref.when(ref.clip(2.0), odd, lambda g: g),
-        "max_norm",
-        leafwise=False,
-        every=2,
-    ),
-    Row(
-        "lookahead",
-        lambda: jr.lookahead(jr.sgd(1.0), 3, 0.8),
-        lambda: ref.lookahead(each(ref.step, 1.0)(), 3, 0.8),
-        "alpha",
-        1.0,
-        aligned=False,
-    ),
-    Row("average_ema", lambda: jr.average(adamw(), 0.9), ADAMW_REFERENCE, "learning_rate", 0.1),
-    Row("average_swa", lambda: jr.average(adamw(), None, start=2), ADAMW_REFERENCE, "learning_rate", 0.1),
-    Row("average_lawa", lambda: jr.average(adamw(), window=3, every=2), ADAMW_REFERENCE, "learning_rate", 0.1),
-    Row(
-        "plateau",
-        lambda: jr.chain(jr.sgd(0.1), jr.reduce_on_plateau(0.5, 1, min_scale=0.1)),
-        chained(each(ref.step, 0.1), partial(ref.plateau, 0.5, 1, 0.1)),
-        "learning_rate",
-        0.1,
-        extra={"value": 1.0},
-    ),
-    Row(
-        "record",
-        lambda: jr.chain(jr.record("norm", jr.global_norm), jr.sgd(0.1)),
-        each(ref.step, 0.1),
-        "learning_rate",
-        0.1,
-        leafwise=False,
-    ),
-    Row(
-        "project",
-        lambda: jr.chain(jr.sgd(0.1), jr.project(in_unit_box)),
-        chained(each(ref.step, 0.1), pointwise(lambda u, p: in_unit_box(p + u) - p)),
-        "learning_rate",
-        0.1,
-        aligned=False,
-    ),
-    Row(
-        "cautious",
-        lambda: jr.cautious(jr.adam_direction()),
-        partial(ref.each, lambda: ref.cautious(ref.adam_direction(**ADAM))),
-        "b1",
-    ),
-    Row("partition", lambda: jr.partition({"matrix": jr.sgd(0.1, 0.9), "rest": adamw()}, by_matrix), groups, None, 0.1),
-    Row(
-        "masked",
-        lambda: jr.masked(jr.weight_decay(0.1), is_matrix),
-        lambda: ref.partition(
-            {"matrix": each(ref.weight_decay, 0.1)()}, lambda path, p: "matrix" if p.ndim == 2 else "passes"
-        ),
-        "weight_decay",
-    ),
-    Row(
-        "freeze",
-        lambda: jr.freeze(adamw(), is_vector),
-        lambda: ref.partition({"rest": ADAMW_REFERENCE()}, lambda path, p: None if p.ndim == 1 else "rest"),
-        "learning_rate",
-        0.1,
-    ),
-    Row(
-        "nested",
-        lambda: jr.skip_nonfinite(
-            jr.accumulate(
-                jr.average(
-                    jr.lookahead(jr.partition({"matrix": jr.sgd(1.0), "rest": jr.sgd(1.0, 0.9)}, by_matrix), 1, 0.8)
-                ),
-                2,
-            )
-        ),
-        lambda: ref.accumulate(
-            ref.lookahead(
-                ref.partition(
-                    {
-                        "matrix": each(ref.step, 1.0)(),
-                        "rest": chained(each(ref.velocity, 0.9), each(ref.step, 1.0))(),
-                    },
-                    by_matrix,
-                ),
-                1,
-                0.8,
-            ),
-            2,
-        ),
-        "alpha",
-        1.0,
-        leafwise=False,
-        aligned=False,
-        every=2,
-    ),
-]
-
-ROWS += WRAPPERS

@@ -1,0 +1,5 @@
+"""Rules on matrices: Muon."""
+
+from jaxopt_rules.conformance.pairs import Pair
+
+PAIRS: tuple[Pair, ...] = ()

@@ -1,0 +1,1 @@
+"""Adam's family."""

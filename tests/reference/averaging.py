@@ -1,0 +1,1 @@
+"""Rules that evaluate elsewhere than they train: schedule-free, SAM."""

@@ -1,0 +1,1 @@
+"""Rules whose slots are smaller than the parameters: Adafactor, SM3."""

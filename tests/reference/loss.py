@@ -1,0 +1,1 @@
+"""Rules that need the loss: Polyak, L-BFGS."""

@@ -1,0 +1,1 @@
+"""Rules that differ in their momenta: Lion, Adan, ADOPT, AdEMAMix."""

@@ -1,0 +1,1 @@
+"""Rules with a norm for each array: LAMB, LARS, NovoGrad, StableAdamW."""

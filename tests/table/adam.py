@@ -1,0 +1,5 @@
+"""Adam's family."""
+
+from table.row import Row
+
+ROWS: list[Row] = []

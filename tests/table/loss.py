@@ -1,0 +1,5 @@
+"""Rules that need the loss: Polyak, L-BFGS."""
+
+from table.row import Row
+
+ROWS: list[Row] = []

@@ -1,0 +1,5 @@
+"""Rules on matrices: Muon."""
+
+from table.row import Row
+
+ROWS: list[Row] = []
