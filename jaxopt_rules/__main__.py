@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxopt_rules compare`."""
+"""The command line: `python -m jaxopt_rules compare` and `python -m jaxopt_rules conformance`."""
 
 import argparse
 import io
@@ -24,6 +24,14 @@ other numeric target is a quantity: regression, with R² in place of accuracy.
 Numeric columns are standardized, text becomes one column for each text. Empty
 columns and identifiers (a text of its own in every row, or more than {MAX_CATEGORIES} texts)
 are left out, then rows with missing values are dropped.
+"""
+
+CONFORMANCE = """\
+Run every rule against every independent implementation of it that is
+installed, in float64, from the same start on the same gradients. Prints a line
+for each pair: rule, implementation, convention, steps, and the largest relative
+difference of the paths that the parameters took. Exit code 1 if one is larger
+than the bound stated for it.
 """
 
 EXAMPLES = f"""\
@@ -64,7 +72,11 @@ def _names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Experiments with the optimizers of jaxopt_rules.", allow_abbrev=False)
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Experiments with the optimizers of jaxopt_rules, and how exact they are.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     compare = commands.add_parser(
         "compare",
@@ -94,23 +106,66 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--data", metavar="FILE", help="a CSV file; default: digits")
     compare.add_argument("--target", metavar="COLUMN", help="the column of FILE to predict")
     compare.set_defaults(run=_compare)
+    conformance = commands.add_parser(
+        "conformance",
+        help="run every rule against independent implementations",
+        description=CONFORMANCE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    conformance.add_argument("--rule", metavar="NAME", help="only the pairs whose name begins so")
+    conformance.add_argument(
+        "--oracle", metavar="NAME", help="only implementations whose name begins so, such as torch"
+    )
+    conformance.set_defaults(run=_conformance)
     return parser
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _conformance(args: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from jaxopt_rules.conformance import PAIRS, run
+
+    meant = [p for p in PAIRS if p.name.startswith(args.rule or "") and p.oracle.startswith(args.oracle or "")]
+    if not meant:
+        raise UserError(f"there is no pair of rule {args.rule or '*'} and oracle {args.oracle or '*'}")
+    installed = [pair for pair in meant if pair.installed]
+    missing = sorted({pair.package for pair in meant} - {pair.package for pair in installed})
+    if not installed:
+        raise UserError(f"nothing to compare with is installed; these are needed: {', '.join(missing)}")
+    widths = [max(len(getattr(pair, column)) for pair in installed) for column in ("name", "oracle", "convention")]
+    failed = 0
+    for pair in installed:
+        outcome = run(pair)
+        failed += not outcome.passed
+        names = (pair.name, pair.oracle, pair.convention)
+        row = [f"{text:<{width}}" for text, width in zip(names, widths, strict=True)]
+        verdict = "" if outcome.passed else f"  exceeds {pair.bound:.1e}"
+        print(*row, f"{pair.problem.steps:>4}", f"{outcome.difference:.1e}{verdict}", sep="  ", flush=True)
+    if missing:
+        print(f"not installed: {', '.join(missing)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
     from jaxopt_rules.experiments import compare
 
     if (args.data is None) != (args.target is None):
         raise UserError("--data and --target go together: the file, and its column to predict")
     dataset = digits(args.seed) if args.data is None else read_csv(args.data, args.target, args.seed)
     compare.run(dataset, args.optimizers, args.steps, args.seed, args.out)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Runs the command line.
+
+    Returns the exit code: 0; 1 if a pair exceeds its bound; 2 for what the user can mend; 130 when interrupted.
+    """
     try:
         args = _parser().parse_args(argv)
-        args.run(args)
+        return args.run(args)
     except UserError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -120,7 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f'this needs {missing}: pip install "jaxopt_rules[experiments]"')
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _refuse(message: str) -> int:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_jit
 from table import ROWS
 
 import jaxopt_rules as jr
@@ -22,7 +23,7 @@ def test_a_complex_tree_goes_through(row):
     """Slots of |g|² are real, updates complex; what depends on a phase turns with it."""
     rule, params, grads = row.make(), tree(0), tree(1)
     state = rule.init(params)
-    update = jax.jit(rule.update)
+    update = quick_jit(rule.update)
     for _ in range(2):
         updates, after = update(grads, state, params, **row.extra)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -1,10 +1,10 @@
-"""The laws of the library, each over every row of the table and every dtype.
+"""The laws of the library, each over every row of the table, on a tree of all dtypes.
 
     1 one sign        3 absent is None    5 precision    8 no aliases        10 one compiled update
     2 one clock       4 fixed point       6 locality     9 abstract birth
 
 (7, nothing unseen, is checked where a rule is built: test_rule.py.) What has to be compiled is compiled once for a
-row and a dtype: a `Probe` runs one program that holds all of it, and the tests read its results.
+row: a `Probe` runs one program that holds all of it, and the tests read its results.
 """
 
 from functools import cache, partial
@@ -27,41 +27,63 @@ ROWS = [row for row in TABLE if row.laws]
 
 
 # Rows of one group run in one worker, which then probes each row once.
-def over(table: list[Row]) -> pytest.MarkDecorator:
-    params = [pytest.param(row, id=row.name, marks=pytest.mark.xdist_group(row.name)) for row in table]
-    return pytest.mark.parametrize("row", params)
+def over(table: list[Row], both: bool = True) -> pytest.MarkDecorator:
+    """Over these rows, in one or in both of the modes of conftest.py."""
+    group = pytest.mark.xdist_group
+    params = [pytest.param(row, id=row.name, marks=group(row.name)) for row in table]
+    wide = [pytest.param(row, id=f"{row.name}-x64", marks=(group(row.name), pytest.mark.x64)) for row in table]
+    return pytest.mark.parametrize("row", params + wide if both else params)
 
 
 rows = over(ROWS)
 terminal_rows = over([row for row in ROWS if row.rate is not None])
-aligned_rows = over([row for row in ROWS if row.aligned])
 living_rows = over([row for row in ROWS if row.live is not None])
 leafwise_rows = over([row for row in ROWS if row.leafwise])
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
-dtypes = pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(x, id=jnp.dtype(x).name) for x in DTYPES]
-    + [
-        pytest.param(jnp.float64, id="float64", marks=pytest.mark.x64),
-        pytest.param(jnp.float32, id="float32_among_x64", marks=pytest.mark.x64),
-    ],
-)
+rows_once = over(ROWS, both=False)
+aligned_rows_once = over([row for row in ROWS if row.aligned], both=False)
 STEPS = 3
 PLAIN, HALF, ABOVE, BELOW, ZERO, CONSTANT = range(6)  # the runs of a probe
-RUN = ("w", "s", "empty")  # the parameters of the runs; the second of equal shape tells nothing there
 H = 1e-3  # of the finite differences, relative
 
 
-def parameters(dtype: Any) -> dict[str, Any]:
+def among_x64() -> bool:
+    return bool(jax.config.read("jax_enable_x64"))
+
+
+def dtypes() -> list[Any]:
+    """The widest, then the narrower ones that are of interest beside it."""
+    return [jnp.float64, jnp.float32] if among_x64() else [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def parameters(dtype: Any = None) -> dict[str, Any]:
+    """Of several shapes in the widest dtype, and of one shape in all others; or all in this dtype."""
     rng = np.random.default_rng(0)
-    shapes = {"w": (3, 2), "u": (3, 2), "s": (), "empty": (0, 2)}
-    return {key: jnp.asarray(rng.normal(size=shape), dtype) for key, shape in shapes.items()}
+    widest, *others = dtypes()
+    shapes = {"w": (3, 2), "u": (3, 2), "s": (), "empty": (0, 2)} | {jnp.dtype(x).name: (3, 2) for x in others}
+    of = dict(zip(list(shapes)[4:], others, strict=True))
+    return {key: jnp.asarray(rng.normal(size=x), dtype or of.get(key, widest)) for key, x in shapes.items()}
 
 
-def gradients(dtype: Any) -> dict[str, Any]:
-    """STEPS of them, stacked."""
+def gradients() -> dict[str, Any]:
+    """STEPS of them, stacked, each in the dtype of its parameter."""
     rng = np.random.default_rng(1)
-    return {key: jnp.asarray(rng.normal(size=(STEPS, *p.shape)), dtype) for key, p in parameters(dtype).items()}
+    return {key: jnp.asarray(rng.normal(size=(STEPS, *p.shape)), p.dtype) for key, p in parameters().items()}
+
+
+def eps(x: Any) -> float:
+    return float(jnp.finfo(x.dtype).eps) if jnp.issubdtype(x.dtype, jnp.inexact) else 0.0
+
+
+def assert_close(actual: Any, expected: Any, roundings: int, like: Any = None) -> None:
+    """That the two differ by some roundings at most: each leaf's own, or those of the parameter with its key."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, x), y in pairs:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in (like or {})]
+        tolerance = roundings * max(eps(x), eps(like[keys[0]]) if keys else 0.0)
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), np.asarray(y, np.float64), tolerance, tolerance, err_msg=str(path)
+        )
 
 
 def updated(row: Row, rule: jr.Rule, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -86,11 +108,12 @@ def opened(tree: Any) -> Any:
 
 
 class Probe:
-    """What one compiled program tells about a row in one dtype."""
+    """What one compiled program tells about a row."""
 
-    def __init__(self, row: Row, dtype: Any) -> None:
+    def __init__(self, row: Row) -> None:
         rule = row.make()
-        params, grads = parameters(dtype), gradients(dtype)
+        params, grads = parameters(), gradients()
+        in_runs = [key for key in params if key != "u"]  # the second of equal shape and dtype tells nothing there
         state = rule.init(params)
         # Half of it, so that a decay rate near 1 leaves room for a difference above.
         value = jnp.ones(()) if row.live is None else jr.hyperparams(state)[row.live] / 2
@@ -117,23 +140,27 @@ class Probe:
 
         def program(params, state, born, parts, grads, value):
             first = jax.tree.map(lambda g: g[0], grads)
-            start = {key: params[key] for key in RUN}
-            grads = {key: grads[key] for key in RUN}
+            start = {key: params[key] for key in in_runs}
+            grads = {key: grads[key] for key in in_runs}
             zeros = jax.tree.map(jnp.zeros_like, grads)
             constant = jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), grads)
             values = value * jnp.array([1, 0.5, 1 + H, 1 - H, 1, 1], value.dtype)
             sequences = [grads, grads, grads, grads, zeros, constant]
-            cases = values, jax.tree.map(lambda *g: jnp.stack(g), *sequences)
+            # Finite differences of what is rounded to a narrower dtype tell nothing.
+            weights = jnp.array([0, 1, 0, 0, 1, 1], value.dtype)
+            cases = values, jax.tree.map(lambda *g: jnp.stack(g), *sequences), weights
 
             def run(case):
                 """STEPS updates in a scan, with the live hyperparameter at a value: (params, state, updates)."""
-                value, grads = case
+                value, grads, _ = case
                 (end, last), updates = jax.lax.scan(body, (start, living(born, value)), grads)
                 return end, opened(last), updates
 
-            def total(value, grads):
-                facts = run((value, grads))
-                return sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(facts[2])), facts
+            def total(value, grads, weight):
+                facts = run((value, grads, weight))
+                squares = {key: jnp.sum(jnp.square(u)) for key, u in facts[2].items() if u is not None}
+                widest = params["w"].dtype
+                return sum(x if params[key].dtype == widest else weight * x for key, x in squares.items()), facts
 
             (totals, runs), slopes = jax.lax.map(lambda case: jax.value_and_grad(total, has_aux=True)(*case), cases)
             return {
@@ -148,7 +175,7 @@ class Probe:
             }
 
         self.params, self.grads, self.state, self.value = params, grads, state, value
-        born = rule.init({key: params[key] for key in RUN})
+        born = rule.init({key: params[key] for key in in_runs})
         parts = {key: rule.init({key: p}) for key, p in params.items()}
         facts = quick_jit(program)(params, state, born, parts, grads, value)
         self.runs, self.totals, self.slopes = facts["runs"], facts["totals"], facts["slopes"]
@@ -160,13 +187,13 @@ class Probe:
 
 
 @cache
-def probed(name: str, dtype: Any) -> Probe:
+def probed(name: str) -> Probe:
     (row,) = (row for row in ROWS if row.name == name)
-    return Probe(row, dtype)
+    return Probe(row)
 
 
-def probe(row: Row, dtype: Any) -> Probe:
-    return probed(row.name, dtype)  # rows with a dict do not hash
+def probe(row: Row) -> Probe:
+    return probed(row.name)  # rows with a dict do not hash
 
 
 @pytest.fixture(autouse=True)
@@ -187,18 +214,17 @@ def finite(tree: Any) -> bool:
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 
-@aligned_rows
+@aligned_rows_once
 def test_1_one_sign(row):
-    updates = probe(row, jnp.float32).run(CONSTANT)[2]
-    grads = gradients(jnp.float32)
+    updates = probe(row).run(CONSTANT)[2]
+    grads = gradients()
     product = sum(float(jnp.sum(u * grads[key][0])) for key, u in updates.items())
     assert product < 0 if row.rate else product > 0
 
 
 @rows
-@dtypes
-def test_2_one_clock(row, dtype):
-    facts = probe(row, dtype)
+def test_2_one_clock(row):
+    facts = probe(row)
     assert set(counts(facts.state)) <= {0}
     # Of a rule that acts in every k-th call, some clocks tell calls and others how often it has acted.
     assert set(counts(facts.run(PLAIN)[1])) <= {STEPS, STEPS // row.every}
@@ -206,18 +232,17 @@ def test_2_one_clock(row, dtype):
 
 
 @rows
-@dtypes
-def test_3_a_missing_gradient_changes_nothing(row, dtype):
-    facts = probe(row, dtype)
+def test_3_a_missing_gradient_changes_nothing(row):
+    facts = probe(row)
     updates, state = facts.updated
     # What acts in every k-th call cannot tell in its structure: there, the update is −0.
     assert updates["w"] is None or (row.every > 1 and not np.any(updates["w"]))
-    assert all(updates[key] is not None for key in ("u", "s", "empty"))
+    assert all(u is not None for key, u in updates.items() if key != "w")
     np.testing.assert_array_equal(facts.applied[0]["w"], facts.params["w"])
     chex.assert_trees_all_equal(of_w(opened(facts.state)), of_w(state))
 
 
-@rows
+@rows_once
 def test_3_leaves_that_are_no_inexact_arrays_are_absent(row):
     rule = row.make()
     others = {"n": jnp.arange(3), "f": jnp.tanh, "none": None, "key": jax.random.key(0), "rate": 0.5}
@@ -233,12 +258,11 @@ def test_3_leaves_that_are_no_inexact_arrays_are_absent(row):
 
 
 @rows
-@dtypes
-def test_4_fixed_point(row, dtype):
-    rule, params = row.make(), parameters(dtype)
+def test_4_fixed_point(row):
+    rule, params = row.make(), parameters()
     state = rule.init(params)
-    for other in [*DTYPES, jnp.float64] if jax.config.read("jax_enable_x64") else DTYPES:
-        grads = jax.tree.map(lambda p, other=other: p.astype(other), params)
+    for dtype in dtypes():
+        grads = parameters(dtype)
         _, after = jax.eval_shape(partial(updated, row, rule), grads, state, params)
         new, also = jax.eval_shape(partial(applied, row, rule), grads, state, params)
         for result in (after, also):
@@ -248,7 +272,7 @@ def test_4_fixed_point(row, dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(params, new)
 
 
-@rows
+@rows_once
 def test_4_scalars_live_on_the_mesh_of_the_parameters(row):
     rule = row.make()
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
@@ -274,57 +298,48 @@ def test_4_scalars_live_on_the_mesh_of_the_parameters(row):
 
 
 @rows
-@dtypes
-def test_5_slots_are_float32_or_wider(row, dtype):
-    facts = probe(row, dtype)
-    for leaf in jax.tree.leaves((facts.state, facts.together)):
+def test_5_slots_are_float32_or_wider(row):
+    facts = probe(row)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((facts.state, facts.together)):
+        of = [facts.params[key.key] for key in path if getattr(key, "key", None) in facts.params]
+        wide = widened(of[0].dtype) if of else jnp.float32
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            assert leaf.dtype == jnp.promote_types(leaf.dtype, widened(dtype))
+            assert leaf.dtype == jnp.promote_types(leaf.dtype, wide)
 
 
 @rows
-@dtypes
-def test_5_a_zero_gradient_makes_no_nan(row, dtype):
-    facts = probe(row, dtype)
+def test_5_a_zero_gradient_makes_no_nan(row):
+    facts = probe(row)
     assert finite(facts.run(ZERO))
     assert finite(facts.slopes)
 
 
 @living_rows
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        pytest.param(jnp.float32, 2e-2, id="float32"),
-        pytest.param(jnp.float64, 1e-5, id="float64", marks=pytest.mark.x64),
-    ],
-)
-def test_5_slope_of_a_live_value_is_that_of_finite_differences(row, dtype, tolerance):
-    facts = probe(row, dtype)
+def test_5_slope_of_a_live_value_is_that_of_finite_differences(row):
+    facts = probe(row)
+    tolerance = 1e-5 if among_x64() else 2e-2
     difference = (facts.totals[ABOVE] - facts.totals[BELOW]) / (2 * H * facts.value)
     noise = tolerance * facts.totals[PLAIN] / facts.value
     np.testing.assert_allclose(facts.slopes[PLAIN], difference, rtol=tolerance, atol=noise)
 
 
 @leafwise_rows
-@dtypes
-def test_6_locality(row, dtype):
-    facts = probe(row, dtype)
+def test_6_locality(row):
+    facts = probe(row)
     # A few roundings may differ: XLA fuses what several leaves share into other kernels than what one has alone.
-    tolerance = 8 * float(jnp.finfo(widened(dtype)).eps)
-    chex.assert_trees_all_close(facts.alone, facts.together, rtol=tolerance, atol=tolerance)
+    assert_close(facts.alone, facts.together, 8)
 
 
-@rows
+@rows_once
 def test_8_no_two_leaves_share_a_buffer(row):
-    params = parameters(jnp.float32)
+    params = parameters()
     leaves = [x for x in jax.tree.leaves(opened((params, row.make().init(params)))) if x.size]
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
 
 
 @rows
-@dtypes
-def test_9_abstract_birth(row, dtype):
-    rule, params = row.make(), parameters(dtype)
+def test_9_abstract_birth(row):
+    rule, params = row.make(), parameters()
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     state = rule.init(params)
     abstract = jax.eval_shape(rule.init, params)
@@ -334,11 +349,11 @@ def test_9_abstract_birth(row, dtype):
     chex.assert_trees_all_equal(opened(rule.init(zeros)), opened(rule.init(shapes)))
 
 
-@aligned_rows
+@aligned_rows_once
 def test_10_one_compiled_update(row):
     """Values change without a retrace, parameters and state are donated, and a `None` pattern is traced once."""
     rule = row.make()
-    facts = probe(row, jnp.float32)
+    facts = probe(row)
 
     @partial(quick_jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(n=2)
@@ -370,21 +385,17 @@ def scheduled(state: Any) -> set[str]:
 
 
 @terminal_rows
-@dtypes
-def test_pair_and_apply_give_the_same(row, dtype):
-    facts = probe(row, dtype)
+def test_pair_and_apply_give_the_same(row):
+    facts = probe(row)
     updates, state = facts.updated
     # XLA contracts the last product of the fused form into the sum with the parameter: one rounding less.
-    tolerance = 2 * float(jnp.finfo(dtype).eps)
     pair = jr.apply_updates(facts.params, updates), state
-    chex.assert_trees_all_close(facts.applied, pair, rtol=tolerance, atol=tolerance)
+    assert_close(facts.applied, pair, 2, like=facts.params)
 
 
 @living_rows
-@dtypes
-def test_vmap_over_a_live_value_equals_separate_runs(row, dtype):
-    facts = probe(row, dtype)
+def test_vmap_over_a_live_value_equals_separate_runs(row):
+    facts = probe(row)
     # One rounding may differ: compiled for six values at once, XLA contracts other products into sums.
-    tolerance = 8 * float(jnp.finfo(dtype).eps)
-    chex.assert_trees_all_close(facts.vmapped, facts.runs, rtol=tolerance, atol=tolerance)
+    assert_close(facts.vmapped, facts.runs, 8, like=facts.params)
     assert row.rate is None or not np.array_equal(facts.run(PLAIN)[2]["w"], facts.run(HALF)[2]["w"])

@@ -11,4 +11,4 @@ pytestmark = [pytest.mark.oracle, pytest.mark.x64]
 def test_conforms(pair: Pair):
     assert pair.installed, f"pip install --group oracles: {pair.oracle} is not installed"
     outcome = run(pair)
-    assert outcome.passed, str(outcome)
+    assert outcome.passed, f"{outcome.difference:.1e} exceeds {pair.bound:.1e}"

@@ -69,8 +69,13 @@ class Pair:
     ours: Callable[[Rule], Stepper] | None = None  # how the rule is run, if it is not by its gradients alone
 
     @property
+    def package(self) -> str:
+        """What has to be installed."""
+        return self.oracle.partition(".")[0]
+
+    @property
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.oracle.partition(".")[0]) is not None
+        return importlib.util.find_spec(self.package) is not None
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,6 @@ class Outcome:
     @property
     def passed(self) -> bool:
         return self.difference <= self.pair.bound  # not so for NaN
-
-    def __str__(self) -> str:
-        pair = self.pair
-        verdict = "" if self.passed else f", more than {pair.bound:.1e}"
-        return (
-            f"{pair.name} | {pair.oracle} | {pair.convention} | {pair.problem.steps} | {self.difference:.1e}{verdict}"
-        )
 
 
 def run(pair: Pair) -> Outcome:
