@@ -176,7 +176,7 @@ def lookahead(rule: Rule, every: int | Schedule = 6, alpha: float | Schedule = 0
       TypeError: `rule` is no rule.
       ValueError: it gives directions, or may do nothing, as `accumulate` does; put those around lookahead.
     """
-    member = _always_acting(rule, "lookahead")
+    member = always_acting(rule, "lookahead")
     check("every", every)
     check("alpha", alpha)
     return _Lookahead(
@@ -184,7 +184,7 @@ def lookahead(rule: Rule, every: int | Schedule = 6, alpha: float | Schedule = 0
     )
 
 
-def _always_acting(rule: Any, owner: str) -> Rule:
+def always_acting(rule: Any, owner: str) -> Rule:
     member = giving_updates(rule, owner)
     if definition_of(member).gate:
         raise ValueError(
@@ -333,7 +333,7 @@ def average(
       ValueError: it gives directions or may do nothing, as `accumulate` does; put those around average. Or a number is
         out of range.
     """
-    member = _always_acting(rule, "average")
+    member = always_acting(rule, "average")
     least = {"start": (start, 0), "every": (every, 1)} | ({} if window is None else {"window": (window, 1)})
     for name, (value, low) in least.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -230,6 +230,7 @@ def scale_by_path(factors: Mapping[str | re.Pattern[str], float | Schedule]) -> 
         key=None,
         where=names,
         given={},
+        static={},
         metrics=(),
         wants=frozenset(),
         stands="anywhere",

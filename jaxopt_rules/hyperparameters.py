@@ -34,6 +34,8 @@ class _Domain(NamedTuple):
 _NOT_NEGATIVE = _Domain(lambda x: x >= 0, "must be at least 0")
 _POSITIVE = _Domain(lambda x: x > 0, "must be greater than 0")
 _DECAY_RATE = _Domain(lambda x: (x >= 0) & (x < 1), "must lie in [0, 1)")
+_FRACTION = _Domain(lambda x: (x > 0) & (x < 1), "must lie between 0 and 1")
+_AT_LEAST_ONE = _Domain(lambda x: x >= 1, "must be at least 1")
 _COUNT = _Domain(lambda x: (x >= 1) & (x == np.floor(x)), "must be a whole number, at least 1")
 _ANY = _Domain(lambda x: ~np.isnan(x), "must be a number")
 
@@ -41,6 +43,8 @@ _DOMAINS = {
     "learning_rate": _NOT_NEGATIVE,
     "max_norm": _NOT_NEGATIVE,
     "eps": _NOT_NEGATIVE,
+    "eps_root": _NOT_NEGATIVE,
+    "momentum_decay": _NOT_NEGATIVE,
     "every": _COUNT,
     "sigmas": _NOT_NEGATIVE,
     "layer_decay": _NOT_NEGATIVE,
@@ -50,8 +54,34 @@ _DOMAINS = {
     "min_rms": _NOT_NEGATIVE,
     "threshold": _NOT_NEGATIVE,
     "clipping": _NOT_NEGATIVE,
+    "clipping_threshold": _NOT_NEGATIVE,
+    "decay_rate": _NOT_NEGATIVE,
     "eta": _NOT_NEGATIVE,
     "peak": _POSITIVE,
+    "warmup": _COUNT,
+    "max_learning_rate": _NOT_NEGATIVE,
+    "scaling": _NOT_NEGATIVE,
+    "tol": _NOT_NEGATIVE,
+    "min_curvature": _NOT_NEGATIVE,
+    "slope_rtol": _FRACTION,
+    "curv_rtol": _FRACTION,
+    "decrease_factor": _FRACTION,
+    "increase_factor": _AT_LEAST_ONE,
+    "trust_coefficient": _NOT_NEGATIVE,
+    "eta_minus": _NOT_NEGATIVE,
+    "eta_plus": _NOT_NEGATIVE,
+    "initial_accumulator_value": _NOT_NEGATIVE,
+    "initial_scale": _NOT_NEGATIVE,
+    "lr_decay": _NOT_NEGATIVE,
+    "max_step_size": _NOT_NEGATIVE,
+    "min_step_size": _NOT_NEGATIVE,
+    "d0": _POSITIVE,
+    "d_coef": _POSITIVE,
+    "growth_rate": _POSITIVE,
+    "reps_rel": _POSITIVE,
+    "init_eta": _POSITIVE,
+    "rho": _NOT_NEGATIVE,
+    "weight_lr_power": _NOT_NEGATIVE,
 }
 
 

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -66,9 +66,9 @@ def _prng_key(key: Any) -> Array:
     raise TypeError(f"a key is a seed (an integer) or a typed key, jax.random.key(0), not {key!r}")
 
 
-def _born(birth: Callable[..., Any], p: Any, given: Mapping[str, Any]) -> Any:
-    asked = inspect.signature(birth).parameters if given else ()
-    slot = birth(p, **{name: value for name, value in given.items() if name in asked})
+def _born(birth: Callable[..., Any], p: Any, known: Mapping[str, Any]) -> Any:
+    asked = inspect.signature(birth).parameters if known else ()
+    slot = birth(p, **{name: value for name, value in known.items() if name in asked})
     # A birth of its own may hand out the parameter's buffer, as `astype` does where it has nothing to do.
     return slot if birth in (zeros, real_zeros, copied) else jax.tree.map(jnp.array, slot)
 
@@ -158,6 +158,7 @@ class Lift(Clocked):
     key: Any
     where: Mapping[str, Selector | None]
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]]
+    static: Mapping[str, Any]
     metrics: tuple[str, ...]
     wants: frozenset[str]  # the keyword-only arguments of `function`
     stands: Place
@@ -193,7 +194,8 @@ class Lift(Clocked):
         given = self._given(params, leaves)
         slots = {
             slot: jax.tree.unflatten(
-                treedef, [_born(birth, p, given(k)) if is_inexact(p) else None for k, p in enumerate(leaves)]
+                treedef,
+                [_born(birth, p, {**self.static, **given(k)}) if is_inexact(p) else None for k, p in enumerate(leaves)],
             )
             for slot, birth in self.births.items()
         }
@@ -235,6 +237,29 @@ class Lift(Clocked):
                     )
         return _Leaves(treedef, gs, ps, slots, present, paths)
 
+    def _per_leaf(self, at: _Leaves, model: Any) -> Callable[[int], dict[str, Any]]:
+        """For leaf k, what its formula is `given`, and `None` for hyperparameters that `where` does not grant it."""
+        selectors = {name: by for name, by in self.where.items() if by is not None}
+        if not (selectors or self.given):
+            return lambda k: {}
+        # The whole model decides, also that part of it for which one `None` stands among the gradients.
+        leaves = trees.flatten(model)[0]
+        paths = trees.paths(model)
+        denied = {name: [not hit for hit in select(by, paths, leaves)] for name, by in selectors.items()}
+        given = self._given(model, leaves)
+        asked = self.given.keys() & self.wants
+        parts = at.treedef.flatten_up_to(model)
+        offset = [0, *itertools.accumulate(len(trees.flatten(part)[0]) for part in parts)]
+        return lambda k: (
+            {name: value for name, value in given(offset[k]).items() if name in asked}
+            | {name: None for name, values in denied.items() if values[offset[k]]}
+        )
+
+    @property
+    def _forms(self) -> tuple[tuple[str, Any], ...]:
+        """What is static and the formula asks for."""
+        return tuple((name, value) for name, value in self.static.items() if name in self.wants)
+
     def _advance(self, state: Any) -> tuple[Array, dict[str, Any], dict[str, Any]]:
         """The next count; what the function asks for of the rule as a whole; the hyperparameters to be stored."""
         count = advanced(state.count)
@@ -268,35 +293,30 @@ class Leafwise(Lift):
             if "key" in self.wants:
                 # By path, so that a leaf's noise does not depend on what other leaves there are.
                 mine["key"] = jax.random.fold_in(whole["key"], zlib.crc32(at.paths()[k].encode()))
-            outs[k], new = _on_leaf(self.function, at.gs[k], [column[k] for column in slots], mine, like[k].dtype)
+            old = [column[k] for column in slots]
+            outs[k], new = _on_leaf(self.function, at.gs[k], old, mine, self._forms, like[k].dtype)
             for column, value in zip(slots, new, strict=True):
                 column[k] = value
         grown = {slot: jax.tree.unflatten(at.treedef, column) for slot, column in zip(self.births, slots, strict=True)}
         new_state = self.State(count=count, hyper=hyper, **self._kept(state), **grown)
         return jax.tree.unflatten(at.treedef, outs), new_state
 
-    def _per_leaf(self, at: _Leaves, model: Any) -> Callable[[int], dict[str, Any]]:
-        """For leaf k, what it is `given`, and `None` for those hyperparameters that `where` does not grant it."""
-        if not (self.where or self.given):
-            return lambda k: {}
-        # The whole model decides, also that part of it for which one `None` stands among the gradients.
-        leaves = trees.flatten(model)[0]
-        paths = trees.paths(model)
-        denied = {name: [not hit for hit in select(by, paths, leaves)] for name, by in self.where.items()}
-        given = self._given(model, leaves)
-        parts = at.treedef.flatten_up_to(model)
-        offset = [0, *itertools.accumulate(len(trees.flatten(part)[0]) for part in parts)]
-        return lambda k: given(offset[k]) | {name: None for name, values in denied.items() if values[offset[k]]}
 
-
-def _on_leaf(leaf: Callable[..., Any], g: Any, slots: list[Any], keywords: dict[str, Any], dtype: Any) -> Any:
+def _on_leaf(
+    leaf: Callable[..., Any],
+    g: Any,
+    slots: list[Any],
+    keywords: Mapping[str, Any],
+    forms: tuple[tuple[str, Any], ...],
+    dtype: Any,
+) -> Any:
     slot_dtypes = [x.dtype for x in jax.tree.leaves(slots) if jnp.issubdtype(x.dtype, jnp.inexact)]
     wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(dtype)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
         wide = jnp.promote_types(wide, jnp.complex64)
-    static = tuple((name, value) for name, value in keywords.items() if _is_static(value))
+    known = forms + tuple((name, value) for name, value in keywords.items() if _is_static(value))
     traced = {name: value for name, value in keywords.items() if not _is_static(value)}
-    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, traced, static)
+    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, traced, known)
 
 
 def _is_static(value: Any) -> bool:
@@ -323,13 +343,13 @@ def _compiled_leaf(leaf: Callable[..., Any], wide: jnp.dtype) -> Callable[..., A
 def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Callable[..., Any]:
     scalar = real(wide)
 
-    def call(g: Array, slots: list[Any], keywords: dict[str, Any], static: Any) -> tuple[Array, tuple[Any, ...]]:
+    def call(g: Array, slots: list[Any], keywords: dict[str, Any], known: Any) -> tuple[Array, tuple[Any, ...]]:
         dtypes = dict.fromkeys(keywords, scalar) | {"p": wide}
         cast_keywords = {
             key: value if value is None or key == "key" else jnp.asarray(value).astype(dtypes[key])
             for key, value in keywords.items()
         }
-        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords, **dict(static))
+        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords, **dict(known))
         out, new = _parts(name, result, len(slots))
         out = jnp.asarray(out, wide)
         if out.shape != g.shape:
@@ -337,7 +357,7 @@ def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Ca
         return out, tuple(_as_before(name, x, old) for x, old in zip(new, slots, strict=True))
 
     call.__name__ = name.lstrip("_")
-    return jax.jit(call, static_argnames="static")
+    return jax.jit(call, static_argnames="known")
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -374,8 +394,12 @@ class Treewise(Lift):
 
         if "p" in self.wants:
             keywords["p"] = present_only(at.ps)
+        own = self._per_leaf(at, grads if params is None else params)
+        for name in self.where:
+            keywords[name] = present_only([own(k).get(name, keywords[name]) for k in range(len(at.gs))])
         # Extra arguments may be functions, which nothing compiled can take.
-        function = self.function if self.extra else _compiled_tree(self.function)
+        function = self.function if self.extra else _compiled_tree(self.function, self._forms)
+        keywords |= dict(self._forms) if self.extra else {}
         slots = dict(zip(self.births, at.slots, strict=True))
         memory = [name for name in self.State._fields if name in slots or name in self.shared]
         old = [present_only(slots[name]) if name in slots else getattr(state, name) for name in memory]
@@ -400,12 +424,12 @@ class Treewise(Lift):
         return parts[0], self.State(count=count, hyper=hyper, **fields)
 
 
-def _compiled_tree(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_tree(function: Callable[..., Any], known: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     compiled = _compiled.setdefault(function, {})
-    if "tree" not in compiled:
+    if known not in compiled:
         ref: Any = weakref.ref(function)
-        compiled["tree"] = jax.jit(lambda *args, **keywords: ref()(*args, **keywords))
-    return compiled["tree"]
+        compiled[known] = jax.jit(lambda *args, **keywords: ref()(*args, **keywords, **dict(known)))
+    return compiled[known]
 
 
 @constructor
@@ -416,6 +440,7 @@ def leafwise(
     slots: Mapping[str, Callable[..., Any]] | None = None,
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
+    static: Mapping[str, Any] | None = None,
     key: Any = None,
     extra: Sequence[str] = (),
     place: Place = "front",
@@ -435,8 +460,9 @@ def leafwise(
         wider) and returns the result and a tuple of the new slots; without slots, the result alone. Its positional
         arguments after the first are the slots, in the order of the state's fields. Its keyword-only arguments are all
         that it may read: hyperparameters, `t` (number of this update, from 1), `p` (the parameter), `key` (random,
-        another one in each update and for each path), what it is `given`, and extra arguments. Where it asks for
-        `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1.
+        another one in each update and for each path), what it is `given`, what is `static`, and extra arguments. Where
+        it asks for `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1. A hyperparameter that it has
+        a default for may be missing, or `None`; the state then has none of that name.
       State: a NamedTuple with the fields `count`, `hyper`, `key` if the leaf function asks for one, and the slots.
       slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`. A slot may
         have any shape, or be a tree of arrays. A birth that has an argument of the name of what leaves are `given`
@@ -445,6 +471,8 @@ def leafwise(
       given: for a keyword, a function of all paths and leaves that returns a value for each of them, and may refuse one
         by an error. A number (or `None`) is traced; anything else, such as a `MatrixView` or a `bool`, must be
         hashable, and is known when the formula is traced.
+      static: hashable values that are no hyperparameters, such as the name of a form of the formula: known when it is
+        traced, the same for all leaves, and also for births that have an argument of the name.
       key: a seed, or a typed PRNG key (`jax.random.key`); it stays in the state as it is.
       extra: names of extra arguments of `update` that the leaf function asks for.
       place: where in a chain the rule stands: in "front" of the member that makes updates, as hooks and directions do;
@@ -465,6 +493,7 @@ def leafwise(
         births=slots,
         where=where,
         given=given,
+        static=static,
         key=key,
         extra=extra,
         place=place,
@@ -479,6 +508,8 @@ def treewise(
     *,
     slots: Mapping[str, Callable[[Any], Any]] | None = None,
     shared: Mapping[str, Any] | None = None,
+    where: Mapping[str, Selector | None] | None = None,
+    static: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = (),
     key: Any = None,
     extra: Sequence[str] = (),
@@ -497,8 +528,10 @@ def treewise(
       function: `function(grads, *memory, *, **keywords)`.
       State: a NamedTuple with the fields `count`, `hyper`, `key` if the function asks for one, the memory (slots and
         what is shared), and `metrics` if values are recorded.
-      slots, key, extra, place, ordered, **hyper: as in `leafwise`.
+      slots, static, key, extra, place, ordered, **hyper: as in `leafwise`.
       shared: of the memory, what belongs to no parameter: a number or an array to begin with, by field of the state.
+      where: by hyperparameter, which leaves it is for (`None`: all). The function gets it as a tree, which holds its
+        value for these leaves and `None` for the others.
       metrics: the names of the recorded values, scalars that `metrics(state)` collects.
 
     Raises:
@@ -511,6 +544,8 @@ def treewise(
         hyper,
         births=slots,
         shared=shared,
+        where=where,
+        static=static,
         metrics=metrics,
         key=key,
         extra=extra,
@@ -529,6 +564,7 @@ def lift(
     shared: Mapping[str, Any] | None = None,
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
+    static: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = (),
     key: Any = None,
     extra: Sequence[str] = (),
@@ -537,20 +573,23 @@ def lift(
 ) -> Lift:
     """What `leafwise` and `treewise` do, for a lift of this kind."""
     fields = State._fields
-    births, shared, given = births or {}, shared or {}, given or {}
+    births, shared, where, given, static = births or {}, shared or {}, where or {}, given or {}, static or {}
     memory = [name for name in fields[2:] if name not in ("key", "metrics")]
     slots = [name for name in memory if name not in shared]
     title = f"{_name_of(function)}{inspect.signature(function)}"
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    optional = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    absent = {name for name, value in hyper.items() if value is None and {name, COMPLEMENT + name} & optional}
+    hyper = {name: value for name, value in hyper.items() if name not in absent}
     if fields[:2] != ("count", "hyper"):
         raise TypeError(f"{State.__name__}: the fields of a state begin with count, hyper, not {fields[:2]}")
     if ("metrics" in fields) != bool(metrics):
         raise TypeError(f"{State.__name__}: a state has a field `metrics` exactly where the rule records values")
     if ("key" in fields) != ("key" in wants) or ("key" in wants) != (key is not None):
         raise TypeError(f"{title}: a rule that asks for a key is given one, and its state has a field for it")
-    for name in (*hyper, *extra, *given):
+    for name in (*hyper, *extra, *given, *static):
         if name in ("t", "p", "key") or name.startswith(COMPLEMENT):
             raise TypeError(f"{title}: {name} is given by the lift and cannot be a hyperparameter or an extra argument")
     if unknown := sorted((births.keys() | shared.keys()) - set(memory)):
@@ -558,19 +597,26 @@ def lift(
     if positional[1:] != memory:
         raise TypeError(f"{title}: after the gradient come the slots of {State.__name__}, {tuple(memory)}")
     stored = {COMPLEMENT + name if COMPLEMENT + name in wants else name: name for name in hyper}
-    for name in sorted(wants - stored.keys() - {"t", "p", "key"} - set(extra) - given.keys()):
+    told = {*extra, *given, *static}
+    supplied = stored.keys() | {"t", "p", "key"} | told
+    wants -= optional - supplied
+    for name in sorted(wants - supplied):
         raise TypeError(f"{title} asks for {name}, which is no hyperparameter: {tuple(hyper)}")
-    for name in sorted(stored.keys() - wants) + sorted((set(extra) | given.keys()) - wants):
+    asked_at_birth = {name for birth in births.values() for name in inspect.signature(birth).parameters}
+    for name in sorted(stored.keys() - wants) + sorted(told - wants - asked_at_birth):
         raise TypeError(f"{title} does not ask for {name}")
     for stored_name, name in stored.items():
         check(stored_name, hyper[name])
     if key is not None:
         _prng_key(key)
-    selectors = {name: selector for name, selector in (where or {}).items() if selector is not None}
-    for name, selector in selectors.items():
-        check_selector(selector, f"{State.__name__.removesuffix('State')}: where")
-        if name not in stored:
-            raise TypeError(f"where names {name}, which is no hyperparameter: {tuple(stored)}")
+    for name, value in static.items():
+        if not isinstance(value, Hashable):
+            raise TypeError(f"{title}: what is static must be hashable, and {name} is {value!r}")
+    for name, selector in where.items():
+        if selector is not None:
+            check_selector(selector, f"{State.__name__.removesuffix('State')}: where")
+            if name not in stored and name not in absent:
+                raise TypeError(f"where names {name}, which is no hyperparameter: {tuple(stored)}")
     return kind(
         function=function,
         State=State,
@@ -578,8 +624,9 @@ def lift(
         births={slot: births.get(slot, zeros) for slot in slots},
         shared=dict(shared),
         key=key,
-        where=selectors,
+        where={name: selector for name, selector in where.items() if name in stored},
         given=dict(given),
+        static=dict(static),
         metrics=tuple(metrics),
         wants=frozenset(wants),
         stands=place,

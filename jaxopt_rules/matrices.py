@@ -7,6 +7,7 @@ matrices (scanned layers, heads), or both.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -52,14 +53,13 @@ class MatrixView:
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "parts"):
             value = getattr(self, name)
-            numbers = (value,) if name == "parts" or not isinstance(value, Sequence) else tuple(value)
-            numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else numbers
+            numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
             if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
                 raise TypeError(f"MatrixView: {name} is an integer or several, not {value!r}")
             object.__setattr__(self, name, value if isinstance(value, int) else numbers)
         if any(axis >= 0 for axis in self._axes) or len(set(self._axes)) < len(self._axes):
             raise ValueError(f"MatrixView: axes count from the end, -1, -2, ..., each at most once, not {self._axes}")
-        if any(part < 1 for part in ([self.parts] if isinstance(self.parts, int) else self.parts)):
+        if any(part < 1 for part in _several(self.parts)):
             raise ValueError(f"MatrixView: a part has at least one column, not {self.parts}")
 
     @property
@@ -83,35 +83,34 @@ class MatrixView:
         """The matrices of an array, as stacks of shape (matrices, rows, columns); one stack for each width of parts.
 
         Equal parts are matrices of one stack.
+
+        Raises:
+          ValueError: as `check`.
         """
-        rows, columns = _several(self.rows), _several(self.columns)
-        others = self._others(x.ndim)
-        matrices = x.transpose([*others, *(axis % x.ndim for axis in (*rows, *columns))])
-        matrices = matrices.reshape(
-            prod(x.shape[axis] for axis in others),
-            prod(x.shape[axis] for axis in rows),
-            prod(x.shape[axis] for axis in columns),
-        )
+        self.check(x.shape)
+        sizes = [prod(x.shape[axis] for axis in axes) for axes in self._sides(x.ndim)]
+        matrices = x.transpose(self._order(x.ndim)).reshape(sizes)
         if isinstance(self.parts, tuple):
-            ends = [sum(self.parts[: i + 1]) for i in range(len(self.parts) - 1)]
+            ends = list(accumulate(self.parts))[:-1]
             return jnp.split(matrices, ends, axis=-1)
-        if self.parts == 1:
-            return [matrices]
-        stack, height, width = matrices.shape
-        apart = matrices.reshape(stack, height, self.parts, width // self.parts).transpose(0, 2, 1, 3)
-        return [apart.reshape(stack * self.parts, height, width // self.parts)]
+        many, height, width = sizes
+        apart = matrices.reshape(many, height, self.parts, width // self.parts).swapaxes(1, 2)
+        return [apart.reshape(many * self.parts, height, width // self.parts)]
 
     def joined(self, stacks: Sequence[Array], shape: tuple[int, ...]) -> Array:
-        """The array of this shape whose matrices these are: what undoes `stacked`."""
-        rows, columns = _several(self.rows), _several(self.columns)
-        others = self._others(len(shape))
-        order = [*others, *(axis % len(shape) for axis in (*rows, *columns))]
-        if isinstance(self.parts, int) and self.parts > 1:
-            (stack,) = stacks
-            many, height, width = stack.shape
-            apart = stack.reshape(many // self.parts, self.parts, height, width).transpose(0, 2, 1, 3)
-            stacks = [apart.reshape(many // self.parts, height, self.parts * width)]
-        matrices = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks, axis=-1)
+        """The array of this shape whose matrices these are: what undoes `stacked`.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        self.check(shape)
+        many, height, width = (prod(shape[axis] for axis in axes) for axes in self._sides(len(shape)))
+        if isinstance(self.parts, int):
+            apart = stacks[0].reshape(many, self.parts, height, width // self.parts)
+            matrices = apart.swapaxes(1, 2)
+        else:
+            matrices = jnp.concatenate(stacks, axis=-1)
+        order = self._order(len(shape))
         back = sorted(range(len(shape)), key=order.__getitem__)
         return matrices.reshape([shape[axis] for axis in order]).transpose(back)
 
@@ -119,12 +118,18 @@ class MatrixView:
         """The array whose matrices are function(stack), for every stack (matrices, rows, columns) of `x`."""
         return self.joined([function(stack) for stack in self.stacked(x)], x.shape)
 
-    def _others(self, ndim: int) -> list[int]:
-        return [axis for axis in range(ndim) if axis - ndim not in self._axes]
+    def _sides(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes of an array that count matrices, rows and columns."""
+        others = tuple(axis for axis in range(ndim) if axis - ndim not in self._axes)
+        rows, columns = (tuple(axis + ndim for axis in _several(side)) for side in (self.rows, self.columns))
+        return others, rows, columns
+
+    def _order(self, ndim: int) -> list[int]:
+        return [axis for side in self._sides(ndim) for axis in side]
 
 
-def _several(axes: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else axes
+def _several(numbers: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (numbers,) if isinstance(numbers, int) else numbers
 
 
 # What says how the arrays of a model are matrices: one view for all, or one for each selector. What has two axes and no
@@ -132,11 +137,14 @@ def _several(axes: int | tuple[int, ...]) -> tuple[int, ...]:
 Views = MatrixView | Mapping[str, MatrixView] | Sequence[tuple[Selector, MatrixView]] | None
 
 
-def viewed(views: Views, owner: str) -> Callable[[Sequence[str], Sequence[Any]], list[MatrixView | None]]:
+def viewed(
+    views: Views, owner: str, *, partial: bool = False
+) -> Callable[[Sequence[str], Sequence[Any]], list[MatrixView | None]]:
     """For `leafwise(..., given={"view": viewed(views, owner)})`: the view of each leaf.
 
-    The function that it returns raises ValueError where a leaf is no matrix: where it has fewer than two axes, or more
-    and no view; where two selectors choose one leaf, or a selector none; and where a view does not fit a shape.
+    The function that it returns raises ValueError where two selectors choose one leaf, or a selector none; where a view
+    does not fit a shape; and where a leaf is no matrix: where it has fewer than two axes, or more and no view. A rule
+    that is `partial` to matrices takes such leaves, too, which have the view `None`.
 
     Raises:
       TypeError: `views` is none.
@@ -151,9 +159,11 @@ def viewed(views: Views, owner: str) -> Callable[[Sequence[str], Sequence[Any]],
             raise TypeError(f"{owner}: views are a MatrixView, or one for each selector, not {views!r}")
         check_selector(pair[0], f"{owner}: views")
 
-    def view_of(path: str, shape: tuple[int, ...], found: list[MatrixView]) -> MatrixView:
+    def view_of(path: str, shape: tuple[int, ...], found: list[MatrixView]) -> MatrixView | None:
         if len(found) > 1:
             raise ValueError(f"{owner}: two views, {found[0]!r} and {found[1]!r}, are meant for {quoted(path)}")
+        if partial and (len(shape) < 2 or not found):
+            return None
         if len(shape) < 2:
             raise ValueError(
                 f"{owner} is for matrices, and {quoted(path)} has shape {shape}; leave it to another rule: "

@@ -116,20 +116,24 @@ def quotient(x: ArrayLike, y: Array, otherwise: float) -> Array:
     return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), otherwise)
 
 
-def global_norm(tree: Any) -> Array:
-    """√(Σ |x|²) over all inexact arrays of a tree, summed in float32 or wider; 0 for an empty tree.
+def read_wide(x: Array) -> Array:
+    """`x` in float32 or wider, for a sum over it that another use of `x` waits for.
 
     Arrays narrower than float32 are read behind an optimization barrier. Without it XLA widens them once for
-    the norm and for whatever else reads them, and keeps that wide copy of the whole tree in memory.
+    the sum and for whatever else reads them, and keeps that wide copy of the whole tree in memory.
     """
-    squares = jnp.float32(0)
-    for x in jax.tree.leaves(tree):
-        if is_inexact(x):
-            wide = widened(x.dtype)
-            if x.dtype != wide:
-                x = lax.optimization_barrier(x).astype(wide)
-            squares = squares + jnp.sum(abs2(x))
-    return sqrt(squares)
+    wide = widened(x.dtype)
+    return x if x.dtype == wide else lax.optimization_barrier(x).astype(wide)
+
+
+def sum_of_squares(tree: Any) -> Array:
+    """Σ |x|² over all inexact arrays of a tree, summed in float32 or wider; 0 for an empty tree."""
+    return sum((jnp.sum(abs2(read_wide(x))) for x in jax.tree.leaves(tree) if is_inexact(x)), jnp.float32(0))
+
+
+def global_norm(tree: Any) -> Array:
+    """√(Σ |x|²) over all inexact arrays of a tree, summed in float32 or wider; 0 for an empty tree."""
+    return sqrt(sum_of_squares(tree))
 
 
 def scale(factor: ArrayLike, x: Array) -> Array:

@@ -451,6 +451,87 @@ def test_treewise_has_slots_clock_parameters_and_records():
     assert jr.metrics(state) == {"mean_square": 9.0}
 
 
+class DecayState(NamedTuple):
+    count: Any
+    hyper: Any
+
+
+def _decayed(grads, *, p, weight_decay=None):
+    if weight_decay is None:
+        return grads
+    return jax.tree.map(lambda g, p, rate: g if rate is None else g + rate * p, grads, p, weight_decay)
+
+
+@pytest.mark.parametrize(("where", "expected"), [("a", (3.0, 1.0)), (None, (3.0, 3.0))])
+def test_treewise_hands_over_a_tree_of_what_where_grants(where, expected):
+    rule = jr.treewise(_decayed, DecayState, where={"weight_decay": where}, weight_decay=0.5)
+    params, grads = {"a": jnp.full(2, 4.0), "b": jnp.full(3, 4.0)}, {"a": jnp.ones(2), "b": jnp.ones(3)}
+    out, state = jax.jit(rule.update)(grads, rule.init(params), params)
+    np.testing.assert_array_equal((out["a"][0], out["b"][0]), expected)
+    out, _ = rule.update(grads | {"a": None}, state, params)
+    assert out["a"] is None
+    np.testing.assert_array_equal(out["b"][0], expected[1])
+
+
+def test_an_argument_with_a_default_is_for_a_hyperparameter_that_may_be_missing():
+    rule = jr.treewise(_decayed, DecayState)
+    params = {"a": jnp.ones(2)}
+    state = rule.init(params)
+    assert jr.hyperparams(state) == {}
+    np.testing.assert_array_equal(rule.update(params, state, params)[0]["a"], 1.0)
+
+
+@pytest.mark.parametrize("lift", [jr.leafwise, jr.treewise])
+def test_none_is_no_hyperparameter_where_there_is_a_default(lift):
+    rule = lift(lambda g, *, factor=None: g, DecayState, factor=None, where={"factor": "no/such/path"})
+    assert jr.hyperparams(rule.init(PARAMS)) == {}
+    with pytest.raises(TypeError, match="factor must be a number or a schedule"):
+        lift(lambda g, *, factor: g, DecayState, factor=None)
+
+
+@pytest.mark.parametrize(
+    "lift",
+    [
+        lambda form: jr.leafwise(lambda g, *, form: g if form == "up" else -g, DecayState, static={"form": form}),
+        lambda form: jr.treewise(
+            lambda gs, *, form: jax.tree.map(lambda g: g if form == "up" else -g, gs), DecayState, static={"form": form}
+        ),
+    ],
+    ids=["leafwise", "treewise"],
+)
+def test_what_is_static_is_known_when_the_formula_is_traced(lift):
+    params = {"a": jnp.ones(2)}
+    for form, expected in (("up", 1.0), ("down", -1.0)):
+        rule = lift(form)
+        assert jr.hyperparams(rule.init(params)) == {}
+        np.testing.assert_array_equal(jax.jit(rule.update)(params, rule.init(params))[0]["a"], expected)
+    with pytest.raises(TypeError, match=r"static must be hashable, and form is \['up'\]"):
+        lift(["up"])
+
+
+class PooledState(NamedTuple):
+    count: Any
+    hyper: Any
+    v: Any
+
+
+def test_a_birth_sees_what_is_static_and_what_its_leaf_is_given():
+    def birth(p, size, by_name):
+        return jnp.full(size, float(len(by_name)))
+
+    def leaf(g, v, *, by_name):
+        return g * len(by_name), (v,)
+
+    rule = jr.leafwise(
+        leaf, PooledState, slots={"v": birth}, static={"size": 3}, given={"by_name": lambda paths, leaves: paths}
+    )
+    params = {"a": jnp.ones(2), "long": jnp.ones((2, 2))}
+    state = rule.init(params)
+    np.testing.assert_array_equal(state.v["a"], [1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(state.v["long"], [4.0, 4.0, 4.0])
+    np.testing.assert_array_equal(rule.update(params, state)[0]["long"], 4.0)
+
+
 def test_a_slot_of_another_shape():
     def _row_sums(g, v, *, rate):
         v = v + rate * jnp.sum(g, 0)

@@ -1,6 +1,7 @@
 """One rule against one independent implementation: both run from the same start on the same gradients."""
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -102,7 +103,8 @@ def run(pair: Pair) -> Outcome:
     start, grads = pair.problem.start(), pair.problem.grads()
     ours = trajectory((pair.ours or by_gradients)(pair.rule()), start, grads)
     theirs = trajectory(pair.theirs, start, grads)
-    return Outcome(pair, max(_apart(start, x, y) for x, y in zip(ours, theirs, strict=True)))
+    # Not `max`, to which a NaN is no larger than what stands in front of it.
+    return Outcome(pair, float(np.max([_apart(start, x, y) for x, y in zip(ours, theirs, strict=True)])))
 
 
 def trajectory(stepper: Stepper, start: Tree, grads: list[Tree]) -> Trajectory:
@@ -116,7 +118,6 @@ def _apart(start: Tree, x: Tree, y: Tree) -> float:
         moved = np.abs(y[name] - origin).max(initial=0)
         apart = np.abs(np.asarray(x[name], np.float64) - y[name]).max(initial=0)
         differences.append(float(apart / moved) if moved > 0 else float(apart))
-    # Not `max`, to which a NaN is no larger than what stands in front of it.
     return float(np.max(differences))
 
 
@@ -205,5 +206,6 @@ def timm(module: str) -> Any:
         for name, path in (("timm", root), ("timm.optim", f"{root}/optim")):
             package: Any = types.ModuleType(name)
             package.__path__ = [path]
+            package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # asked for by find_spec
             sys.modules[name] = package
     return importlib.import_module(f"timm.optim.{module}")

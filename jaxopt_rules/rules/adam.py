@@ -8,7 +8,7 @@ from jaxopt_rules.apply import Decay, step
 from jaxopt_rules.compose import chain
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, one_minus_power, sqrt
+from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, debias, ema, one_minus_power, over_root, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -24,11 +24,19 @@ class AdamState(NamedTuple):
 
 
 def _adam(
-    g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    t: Array,
+    one_minus_b1: Array,
+    one_minus_b2: Array,
+    eps: Array,
+    eps_placement: Epsilon,
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
     v = ema(v, abs2(g), one_minus_b2)
-    d = debias(m, one_minus_b1, t) / (sqrt(debias(v, one_minus_b2, t)) + eps)
+    d = over_root(debias(m, one_minus_b1, t), v, eps, eps_placement, one_minus_power(one_minus_b2, t))
     return d, (m, v)
 
 
@@ -37,11 +45,19 @@ def _correction(t: Array, one_minus_b1: Array, one_minus_b2: Array) -> Array:
 
 
 def _adam_step(
-    g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    t: Array,
+    one_minus_b1: Array,
+    one_minus_b2: Array,
+    eps: Array,
+    eps_placement: Epsilon,
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
     v = ema(v, abs2(g), one_minus_b2)
-    return _correction(t, one_minus_b1, one_minus_b2) * m / (sqrt(v) + eps), (m, v)
+    return over_root(_correction(t, one_minus_b1, one_minus_b2) * m, v, eps, eps_placement), (m, v)
 
 
 def _adamw_step(
@@ -55,9 +71,12 @@ def _adamw_step(
     one_minus_b1: Array,
     one_minus_b2: Array,
     eps: Array,
+    eps_placement: Epsilon,
     weight_decay: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    d, (m, v) = _adam_step(g, m, v, t=t, one_minus_b1=one_minus_b1, one_minus_b2=one_minus_b2, eps=eps)
+    d, (m, v) = _adam_step(
+        g, m, v, t=t, one_minus_b1=one_minus_b1, one_minus_b2=one_minus_b2, eps=eps, eps_placement=eps_placement
+    )
     if weight_decay is not None:
         d = d + _correction(t, one_minus_b1, one_minus_b2) * weight_decay * p
     return -learning_rate * d, (m, v)
@@ -75,11 +94,20 @@ def adam_direction(
     eps: float | Schedule = 1e-8,
     *,
     bias_correction: BiasCorrection = "moments",
+    eps_placement: Epsilon = "outside",
 ) -> Rule:
     """The direction d of `adam`, before any learning rate, for chains of your own."""
     _check_bias_correction(bias_correction)
-    leaf = _adam if bias_correction == "moments" else _adam_step
-    return leafwise(leaf, AdamState, slots={"v": real_zeros}, b1=b1, b2=b2, eps=eps)
+    check_epsilon(eps_placement)
+    return leafwise(
+        _adam if bias_correction == "moments" else _adam_step,
+        AdamState,
+        slots={"v": real_zeros},
+        static={"eps_placement": eps_placement},
+        b1=b1,
+        b2=b2,
+        eps=eps,
+    )
 
 
 @constructor
@@ -90,6 +118,7 @@ def adam(
     eps: float | Schedule = 1e-8,
     *,
     bias_correction: BiasCorrection = "moments",
+    eps_placement: Epsilon = "outside",
 ) -> Rule:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
@@ -106,10 +135,18 @@ def adam(
     the rate (the last paragraph of section 2, and the documented class `Adam`): the same but for ε, which is added to
     the uncorrected root and so acts as ε / √(1 − β₂ᵗ), 30 times larger on the first step.
 
+    `eps_placement` moves ε in the quotient by the root r, which is √(v / (1 − β₂ᵗ)) with "moments" and √v with "step":
+
+        "outside"   m / (r + ε)          PyTorch, Optax
+        "hat"       ε on √v: with "moments" the numbers of "step", so of Keras and TensorFlow
+        "inside"    m / √(r² + ε)        `eps_root` of Optax, MaxText
+        "max"       m / max(r, ε)        HeavyBall
+
     Differs from Optax in float32: 1 − β and 1 − βᵗ keep their digits (Optax's direction is off by 7e-6 for β₂ = 0.999),
     and slots are float32 for narrower parameters.
     """
-    return chain(adam_direction(b1, b2, eps, bias_correction=bias_correction), step(learning_rate))
+    direction = adam_direction(b1, b2, eps, bias_correction=bias_correction, eps_placement=eps_placement)
+    return chain(direction, step(learning_rate))
 
 
 @constructor
@@ -124,6 +161,7 @@ def adamw(
     decay: Decay | Literal["l2"] = "decoupled",
     peak: float | Schedule | None = None,
     bias_correction: BiasCorrection = "moments",
+    eps_placement: Epsilon = "outside",
 ) -> Rule:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2).
 
@@ -138,14 +176,16 @@ def adamw(
 
     `bias_correction="step"` is the documented class `AdamW`: the corrected rate multiplies the decay too, so that with
     the usual betas it begins at a third of α λ, falls to 0.15 of it near t = 12 and then rises to all of it. It
-    has no other form of decay.
+    has no other form of decay. `eps_placement` is that of `adam`.
 
     Differs from the paper, whose decay is not multiplied by α (`decay="independent"` is the paper's); from Optax in the
     default λ (1e-4 there, 0.01 here and in PyTorch).
     """
     _check_bias_correction(bias_correction)
+    check_epsilon(eps_placement)
     if bias_correction == "moments":
-        return descend(adam_direction(b1, b2, eps), learning_rate, weight_decay, where, decay=decay, peak=peak)
+        direction = adam_direction(b1, b2, eps, eps_placement=eps_placement)
+        return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
     if decay != "decoupled" or peak is not None:
         raise ValueError('adamw: bias_correction="step" has decoupled decay alone; others need "moments"')
     return leafwise(
@@ -154,6 +194,7 @@ def adamw(
         slots={"v": real_zeros},
         place="end",
         where={"weight_decay": where},
+        static={"eps_placement": eps_placement},
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,

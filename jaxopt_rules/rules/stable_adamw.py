@@ -1,0 +1,121 @@
+"""StableAdamW: AdamW whose rate falls for an array that v does not know yet."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxopt_rules.apply import Decay
+from jaxopt_rules.descend import descend
+from jaxopt_rules.lift import leafwise, real_zeros
+from jaxopt_rules.numerics import abs2, ema, one_minus_power, quotient, sqrt
+from jaxopt_rules.rule import Rule, constructor
+from jaxopt_rules.schedules import Schedule
+from jaxopt_rules.select import Selector
+
+
+class StableAdamWState(NamedTuple):
+    count: Array  # ()  int32, finished updates
+    hyper: dict[str, Any]  # one_minus_b1, one_minus_b2, eps; weight_decay where decay is inside
+    m: Any  # like θ, float32 or wider: mean of g, corrected
+    v: Any  # like θ, float32 or wider, real: mean of |g|², corrected
+
+
+def _moments(g: Array, m: Array, v: Array, t: Array, one_minus_b1: Array, one_minus_b2: Array) -> tuple[Array, Array]:
+    # 1 − β̂ = (1 − β) / (1 − βᵗ) where β̂ = β (1 − βᵗ⁻¹) / (1 − βᵗ).
+    m = ema(m, g, one_minus_b1 / one_minus_power(one_minus_b1, t))
+    v = ema(v, abs2(g), one_minus_b2 / one_minus_power(one_minus_b2, t))
+    # Behind the barrier the norm and the update read the new slots, so that XLA copies none of the old ones.
+    return lax.optimization_barrier((m, v))
+
+
+def _clip(g: Array, v: Array, eps: Array) -> Array:
+    # By squares: XLA would keep a root that the norm and the update share.
+    squares = quotient(abs2(g), jnp.maximum(v, eps * eps), otherwise=0)
+    return 1 / jnp.maximum(1, sqrt(jnp.sum(squares) / max(g.size, 1)))
+
+
+def _stable_adamw(
+    g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
+    return _clip(g, v, eps) * (m / (sqrt(v) + eps)), (m, v)
+
+
+def _stable_adamw_decayed(
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    p: Array,
+    t: Array,
+    one_minus_b1: Array,
+    one_minus_b2: Array,
+    eps: Array,
+    weight_decay: Array | None,
+) -> tuple[Array, tuple[Array, Array]]:
+    m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
+    d = m / (sqrt(v) + eps)
+    if weight_decay is not None:
+        d = d + weight_decay * p
+    return _clip(g, v, eps) * d, (m, v)
+
+
+@constructor
+def stable_adamw_direction(
+    b1: float | Schedule = 0.9,
+    b2: float | Schedule = 0.99,
+    eps: float | Schedule = 1e-6,
+    *,
+    weight_decay: float | Schedule | None = None,
+    where: Selector | None = None,
+) -> Rule:
+    """The direction d of `stable_adamw`, decay inside, before any learning rate, for chains of your own."""
+    slots = {"v": real_zeros}
+    if weight_decay is None:
+        return leafwise(_stable_adamw, StableAdamWState, slots=slots, b1=b1, b2=b2, eps=eps)
+    return leafwise(
+        _stable_adamw_decayed,
+        StableAdamWState,
+        slots=slots,
+        where={"weight_decay": where},
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+
+
+@constructor
+def stable_adamw(
+    learning_rate: float | Schedule,
+    b1: float | Schedule = 0.9,
+    b2: float | Schedule = 0.99,
+    eps: float | Schedule = 1e-6,
+    *,
+    weight_decay: float | Schedule | None = 0.01,
+    where: Selector | None = None,
+    decay: Decay | Literal["l2", "inside"] = "inside",
+    peak: float | Schedule | None = None,
+) -> Rule:
+    """StableAdamW, AdamW with AdaFactor's update clipping (Wortsman et al. 2023, arXiv:2304.13013, Algorithm 2).
+
+        β̂ = β (1 − βᵗ⁻¹) / (1 − βᵗ)          m ← m + (1 − β̂₁)(g − m)          v ← v + (1 − β̂₂)(|g|² − v)
+
+        c = max(1, rms(g / max(√v, ε)))       rms(x) = √(mean |x|²), for each array
+
+        d = (m / (√v + ε) + λ θ) / c          θ ← θ − α d
+
+    A gradient that is larger than those that v has seen makes a smaller step, which does the work of clipping
+    gradients. Decay is "inside": c divides it, too. Any other form that `decay` names acts on θ as `step` describes it,
+    or with "l2" on the gradient.
+
+    Memory: 2 slots, 8 bytes per float32 parameter. XLA keeps the terms of the rms of each array.
+
+    Agrees with optimi and pytorch_optimizer, whose ε is 1e-8.
+    """
+    if decay != "inside":
+        direction = stable_adamw_direction(b1, b2, eps)
+        return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
+    direction = stable_adamw_direction(b1, b2, eps, weight_decay=weight_decay, where=where)
+    return descend(direction, learning_rate, peak=peak)
