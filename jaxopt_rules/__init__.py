@@ -93,7 +93,7 @@ from jaxopt_rules.rules.lion import lion_direction as lion_direction
 from jaxopt_rules.rules.muon import muon as muon
 from jaxopt_rules.rules.muon import muon_direction as muon_direction
 from jaxopt_rules.rules.muon import muon_moonshot as muon_moonshot
-from jaxopt_rules.rules.muon import muon_torch as muon_torch
+from jaxopt_rules.rules.muon import muon_pytorch as muon_pytorch
 from jaxopt_rules.rules.nadam import nadam as nadam
 from jaxopt_rules.rules.nadam import nadam_direction as nadam_direction
 from jaxopt_rules.rules.nadam import nadamw as nadamw

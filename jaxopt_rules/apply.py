@@ -130,17 +130,20 @@ def step(
             "chain(weight_decay(rate), direction, step(learning_rate))"
         )
     if decay not in _LEAVES:
-        raise ValueError(f"step: decay is one of {', '.join(map(repr, _LEAVES))}, not {decay!r}")
+        raise ValueError(
+            f"step: decay is one of {', '.join(map(repr, _LEAVES))}, not {decay!r}; optimizers also take 'l2', and "
+            "lamb, novograd and stable_adamw 'inside'"
+        )
     relative: dict[str, Any] = {}
     if decay in ("independent", "corrected"):
         if peak is None and callable(learning_rate):
             raise ValueError(f'step: decay="{decay}" with a schedule needs its largest rate: peak=...')
         relative = {"peak": learning_rate if peak is None else peak}
     elif peak is not None:
-        raise ValueError(f'step: peak is for decay="independent" and "corrected", not for {decay!r}')
+        raise ValueError(f'step: peak is for decay="independent" and "corrected", not for {decay!r}, "l2" or "inside"')
     if weight_decay is None:
         if decay != "decoupled":
-            raise ValueError(f'step: decay="{decay}" needs weight_decay=...')
+            raise ValueError(f'step: decay="{decay}" needs weight_decay=..., such as 0.1')
         return leafwise(_step, StepState, place="end", learning_rate=learning_rate)
     return leafwise(
         _LEAVES[decay],

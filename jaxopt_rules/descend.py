@@ -31,10 +31,10 @@ def descend(
     Memory: that of the direction; one slot more, 4 bytes per float32 parameter, with `decay="initial"`.
 
     Raises:
-      ValueError: as `step`; or `decay="l2"` has no `weight_decay`.
+      ValueError: as `step`, but that `decay="l2"` is known here; or `decay="l2"` has no `weight_decay`.
     """
     if decay != "l2":
         return chain(direction, step(learning_rate, weight_decay, where, decay=decay, peak=peak))
     if weight_decay is None:
-        raise ValueError('decay="l2" needs weight_decay=...')
+        raise ValueError('descend: decay="l2" needs weight_decay=..., such as 0.1')
     return chain(l2(weight_decay, where), direction, step(learning_rate, peak=peak))

@@ -373,9 +373,13 @@ def _parts(name: str, result: Any, slots: int) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _as_before(name: str, slot: Any, before: Any) -> Any:
-    """A new slot in the dtypes of the one before it."""
-    if jax.tree.structure(slot) != jax.tree.structure(before):
-        raise ValueError(f"{name} gave a slot of another structure than it had")
+    """A new slot in the containers and dtypes of the one before it."""
+    if jax.tree.structure(slot) != (structure := jax.tree.structure(before)):
+        # Of a slot that is a tree, `nnx.Optimizer` makes an `nnx.State`, with the same keys.
+        parts, keys = dict(trees.flatten_with_paths(slot)[0]), [key for key, _ in trees.flatten_with_paths(before)[0]]
+        if parts.keys() != set(keys):
+            raise ValueError(f"{name} gave a slot of another structure than it had")
+        slot = jax.tree.unflatten(structure, [parts[key] for key in keys])
     for x, old in zip(jax.tree.leaves(slot), jax.tree.leaves(before), strict=True):
         if jnp.shape(x) != old.shape:
             raise ValueError(f"{name} gave a slot of shape {jnp.shape(x)} for one of shape {old.shape}")

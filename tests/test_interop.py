@@ -291,6 +291,8 @@ def test_groups_by_pattern_in_nnx(by):
         jr.partition({"off": jr.set_to_zero(), "on": jr.adamw(0.1)}, {"off": "embed/*"}),
         jr.chain(jr.masked(jr.clip_grad(0.1), "blocks/**"), jr.adamw(0.1, where="**/kernel")),
         jr.chain(jr.adamw(0.1), jr.scale_by_path({"blocks/**": 0.5})),
+        # A slot that is a tuple of arrays comes back from `nnx.Optimizer` as an `nnx.State`.
+        jr.partition({"kernel": jr.adafactor_pytorch(0.1), "rest": jr.sm3(0.1)}, {"kernel": "**/kernel"}),
         jr.accumulate(jr.skip_nonfinite(jr.average(jr.partition(GROUPS, {"kernel": matrices}))), 2),
     ],
     ids=repr,

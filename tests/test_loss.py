@@ -99,11 +99,12 @@ def test_searches_match_the_book_on_losses(problem, search, memory_size):
     compared, before = 0, start
     for k in range(30):
         value, grads = exact_loss(before)
-        updates = book.send((grads, before))
         after = {key: np.asarray(path[key][k]) for key in start}
-        # What cubics make of differences of values has the digits that these differences have.
-        if value - exact_loss(after)[0] < 1e-4 * value:
+        # What cubics make of differences of values has the digits that these differences have; and the valley's value
+        # is a square of differences.
+        if value < 1e-8 or value - exact_loss(after)[0] <= 1e-4 * value:
             break
+        updates = book.send((grads, before))
         for key, u in updates.items():
             rounding = np.finfo(np.float64).eps * np.abs(after[key]).max()
             np.testing.assert_allclose(after[key] - before[key], u, rtol=0, atol=1e-9 * np.abs(u).max() + rounding)
@@ -430,3 +431,16 @@ def test_polyak_steps_to_the_minimum_of_a_line():
     for value in (0.0, 5.0):
         same, _ = rule.apply({"x": jnp.zeros(1)}, state, params, value=value)
         np.testing.assert_array_equal(same["x"], params["x"])
+
+
+def test_a_search_stands_behind_a_partition_of_directions():
+    params = {"w": jnp.array([3.0, 4.0]), "v": jnp.array([1.0, -1.0])}
+
+    def loss(params):
+        return jnp.sum(params["w"] ** 2) + jnp.sum((params["v"] * params["w"] - 1) ** 2)
+
+    groups = {"curved": jr.lbfgs_direction(), "plain": jr.momentum_direction(0.5)}
+    rule = jr.chain(jr.partition(groups, lambda path, p: "curved" if path == "w" else "plain"), jr.strong_wolfe())
+    _, path = trained(rule, loss, params, 20)
+    assert np.all(np.diff(path["loss"]) <= 0)
+    assert path["loss"][-1] < 2.1

@@ -231,7 +231,7 @@ def test_presets_are_choices_of_muon():
     spelt = jr.muon(1e-3, momentum="sum", scale="match_rms_adamw", weight_decay=0.1)
     np.testing.assert_array_equal(first(jr.muon_moonshot()), first(spelt))
     spelt = jr.muon(1e-3, polar=jr.NewtonSchulz(eps_placement="max"), weight_decay=0.1)
-    np.testing.assert_array_equal(first(jr.muon_torch()), first(spelt))
+    np.testing.assert_array_equal(first(jr.muon_pytorch()), first(spelt))
 
 
 def test_a_solver_of_ones_own():
@@ -290,7 +290,7 @@ def test_a_wrong_choice_is_refused_where_it_is_made(make, error, text):
 
 
 def test_what_is_no_matrix_is_refused():
-    for rule in (jr.muon(), jr.muon_moonshot(), jr.muon_torch()):
+    for rule in (jr.muon(), jr.muon_moonshot(), jr.muon_pytorch()):
         with pytest.raises(ValueError, match=r"muon is for matrices, and 'b' has shape \(3,\).*partition"):
             rule.init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"which axes of 'conv'.*are rows"):

@@ -24,9 +24,10 @@ def test_lion_does_not_move_what_has_no_gradient():
     np.testing.assert_array_equal(updates["w"], jnp.float32([-0.1, 0.1, 0]))
 
 
-def test_lion_has_momentum():
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), jnp.zeros(())], ids=repr)
+def test_lion_has_momentum(zero):
     with pytest.raises(ValueError, match="lion: b2 must be greater than 0"):
-        jr.lion(0.1, b2=0.0)
+        jr.lion(0.1, b2=zero)
 
 
 def test_adan_without_decay_has_none():

@@ -9,6 +9,6 @@ pytestmark = [pytest.mark.oracle, pytest.mark.x64]
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.name} - {pair.oracle}")
 def test_conforms(pair: Pair):
-    assert pair.installed, f"pip install --group oracles; pip install --no-deps --group oracles-no-deps: {pair.oracle} is not installed"
+    assert pair.installed, f"{pair.oracle} is not installed; see the dependency groups oracles and oracles-no-deps"
     outcome = run(pair)
     assert outcome.passed, f"{outcome.difference:.1e} exceeds {pair.bound:.1e}"

@@ -14,7 +14,7 @@ def test_python_blocks(capsys):
             exec(compile(code, README.name, "exec"), namespace)
     printed = capsys.readouterr().out
     assert printed.startswith("chain(clip_by_global_norm(1.0), adamw(Warmup(")
-    assert printed.endswith("lion(0.0003)\n")
+    assert printed.endswith("tiger(0.0003)\n")
 
 
 def test_two_commands():

@@ -144,14 +144,14 @@ PAIRS = (
         lambda: nadamw(0.1, 0.8, eps=1e-6, form="timm", weight_decay=0.1),
         "timm.optim.NAdamW",
         torch_optimizer(lambda torch, p: timm("nadamw").NAdamW(p, 0.1, (0.8, 0.999), 1e-6, weight_decay=0.1)),
-        "mean of the mean corrected as of this update",
+        "m corrected as of this update",
     ),
     Pair(
         "nadamw timm corrected decay",
         lambda: nadamw(0.1, form="timm", weight_decay=0.1, decay="corrected", peak=0.1),
         "timm.optim.NAdamW",
         torch_optimizer(lambda torch, p: timm("nadamw").NAdamW(p, 0.1, weight_decay=0.1, corrected_weight_decay=True)),
-        "mean of the mean corrected as of this update, corrected decay",
+        "m corrected as of this update, corrected decay",
     ),
     Pair(
         "adamax",

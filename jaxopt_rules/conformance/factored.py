@@ -32,28 +32,28 @@ def transformers_adafactor(**keywords: Any) -> Stepper:
 
 PAIRS = (
     Pair(
-        "adafactor pytorch",
+        "adafactor_pytorch",
         lambda: adafactor_pytorch(0.1, eps=2**-52, weight_decay=0.1),
         "torch.optim.Adafactor",
         torch_adafactor(weight_decay=0.1),
         "eps of float64, decay by the bound of the rate",
     ),
     Pair(
-        "adafactor pytorch bounds",
+        "adafactor_pytorch bounds",
         lambda: adafactor_pytorch(0.1, 0.7, 1e-3, 0.5, 2.0),
         "torch.optim.Adafactor",
         torch_adafactor(beta2_decay=-0.7, eps=(1e-3, 0.5), d=2.0),
         "least root and least mean 1e-3, least scale 0.5",
     ),
     Pair(
-        "adafactor transformers",
+        "adafactor_transformers",
         lambda: adafactor_transformers(momentum=0.9, weight_decay=0.1),
         "transformers.optimization.Adafactor",
         transformers_adafactor(beta1=0.9, weight_decay=0.1),
-        "relative step, momentum of what is taken off, decay by it",
+        "relative step, momentum of α_t U, scaled decay",
     ),
     Pair(
-        "adafactor transformers warmup",
+        "adafactor_transformers warmup",
         lambda: adafactor_transformers(warmup_init=True, multiply_by_parameter_scale=False),
         "transformers.optimization.Adafactor",
         transformers_adafactor(warmup_init=True, scale_parameter=False),
@@ -62,7 +62,7 @@ PAIRS = (
         1e-9,
     ),
     Pair(
-        "adafactor transformers rate",
+        "adafactor_transformers rate",
         lambda: adafactor_transformers(0.1, 1e-6, 0.5, 0.7, 0.6),
         "transformers.optimization.Adafactor",
         transformers_adafactor(lr=0.1, eps=(1e-6, 0.5), clip_threshold=0.7, decay_rate=-0.6, relative_step=False),

@@ -9,7 +9,7 @@ from jaxopt_rules.rules.adadelta import adadelta
 from jaxopt_rules.rules.adagrad import adagrad
 from jaxopt_rules.rules.rmsprop import rmsprop
 from jaxopt_rules.rules.rprop import rprop
-from jaxopt_rules.rules.sgd import sgd
+from jaxopt_rules.rules.sgd import momentum, sgd
 from jaxopt_rules.rules.sign import sign_sgd, signum
 
 
@@ -58,6 +58,7 @@ PAIRS = (
         _optimi_sgd(momentum=0.9, dampening=True, decouple_wd=True, weight_decay=0.1),
         "the velocity is a running mean, decoupled decay",
     ),
+    Pair("momentum", lambda: momentum(_halving), "optax.trace", _inside(nesterov=False), "rate inside the velocity"),
     Pair(
         "sgd tensorflow",
         lambda: sgd(_halving, 0.9, form="tensorflow"),
@@ -159,14 +160,14 @@ PAIRS = (
         lambda: rmsprop(0.1, 0.9, 1e-4, 1.0, momentum=0.9, weight_decay=0.1),
         "timm.optim.RMSpropTF",
         _timm_rmsprop(momentum=0.9, weight_decay=0.1, decoupled_decay=True),
-        "from 1, eps inside, rate inside the velocity, decoupled decay",
+        "v from 1, eps and rate inside, decoupled decay",
     ),
     Pair(
         "rmsprop tensorflow centered",
         lambda: rmsprop(0.1, 0.9, 1e-4, 1.0, centered=True, momentum=0.9, weight_decay=0.1, decay="l2"),
         "timm.optim.RMSpropTF",
         _timm_rmsprop(momentum=0.9, weight_decay=0.1, centered=True),
-        "centered, from 1, eps inside, rate inside the velocity, L2 decay",
+        "centered, v from 1, eps and rate inside, L2 decay",
     ),
     Pair(
         "rmsprop",
@@ -180,7 +181,7 @@ PAIRS = (
         lambda: rmsprop(_halving, 0.9, 1e-4, 0.5, momentum=0.9, nesterov=True),
         "optax.rmsprop",
         optax_transform(lambda optax: optax.rmsprop(_halving, 0.9, 1e-4, 0.5, momentum=0.9, nesterov=True)),
-        "from 0.5, eps inside, rate inside the velocity, which changes",
+        "v from 0.5, eps and rate inside, rate changes",
     ),
     Pair(
         "rmsprop centered",

@@ -186,7 +186,7 @@ PAIRS = (
         problem=Problem(LOGISTIC, steps=20),
     ),
     Pair(
-        "lbfgs valley",
+        "strong_wolfe lbfgs",
         lambda: lbfgs(memory_size=5, **_TORCH),
         "torch.optim.LBFGS",
         torch_lbfgs(rosenbrock, history_size=5, max_eval=25, line_search_fn="strong_wolfe"),

@@ -13,7 +13,7 @@ from unittest import mock
 
 from jaxopt_rules.conformance.pairs import Pair, Problem, Stepper, Tree, optax_transform, timm, torch_optimizer
 from jaxopt_rules.matrices import MatrixView
-from jaxopt_rules.rules.muon import muon, muon_moonshot, muon_torch
+from jaxopt_rules.rules.muon import muon, muon_moonshot, muon_pytorch
 from jaxopt_rules.rules.polar import NewtonSchulz
 from jaxopt_rules.select import by_ndim
 
@@ -74,24 +74,24 @@ def kozistr_muon(**keywords: Any) -> Stepper:
 
 PAIRS = (
     Pair(
-        "muon_torch",
-        lambda: muon_torch(0.02, views=OUT_IN),
+        "muon_pytorch",
+        lambda: muon_pytorch(0.02, views=OUT_IN),
         "torch.optim.Muon",
         inside(torch_float64, torch_muon()),
-        "scale original, eps max, its iteration in float64",
+        "scale original, eps max, iterated in float64",
         problem=Problem(MATRICES),
     ),
     Pair(
-        "muon_torch tiny",
-        lambda: muon_torch(0.02, beta=0.8, nesterov=False, scale="match_rms_adamw", views=OUT_IN),
+        "muon_pytorch tiny",
+        lambda: muon_pytorch(0.02, beta=0.8, nesterov=False, scale="match_rms_adamw", views=OUT_IN),
         "torch.optim.Muon",
         inside(torch_float64, torch_muon(momentum=0.8, nesterov=False, adjust_lr_fn="match_rms_adamw")),
-        "scale match_rms_adamw, without nesterov, norms on both sides of eps, its iteration in float64",
+        "match_rms_adamw, norms near eps, iterated in float64",
         problem=Problem(MATRICES, 1e-10, 1e-7),
     ),
     Pair(
-        "muon_torch bfloat16",
-        lambda: muon_torch(
+        "muon_pytorch bfloat16",
+        lambda: muon_pytorch(
             0.02, polar=NewtonSchulz(eps_placement="max", dtype="bfloat16"), scale="match_rms_adamw", views=OUT_IN
         ),
         "torch.optim.Muon",
@@ -100,6 +100,14 @@ PAIRS = (
         # Each of 15 products is rounded to 8 bits, and by whom a sum is rounded how often is not the same: 0.064.
         bound=0.1,
         problem=Problem(MATRICES, 0.1, 1.0),
+    ),
+    Pair(
+        "muon_moonshot",
+        lambda: muon_moonshot(0.02, polar=NewtonSchulz(eps=0), views=OUT_IN),
+        "torch.optim.Muon",
+        inside(torch_float64, torch_muon(adjust_lr_fn="match_rms_adamw", eps=0.0)),
+        "match_rms_adamw, no eps, iterated in float64",
+        problem=Problem(MATRICES),
     ),
     Pair(
         "muon conv",
@@ -111,7 +119,7 @@ PAIRS = (
         ),
         "pytorch_optimizer.Muon",
         inside(kozistr_float64, kozistr_muon(weight_decay=0.1, ns_coeffs="quintic")),
-        "as Keller Jordan's, eps max, convolutions as one matrix, its iteration in float64",
+        "Keller Jordan's, convolutions, iterated in float64",
         problem=Problem(FILTERS),
     ),
     Pair(
@@ -125,7 +133,7 @@ PAIRS = (
         ),
         "timm.optim.Muon",
         inside(timm_float64, timm_muon(ns_coefficients="polar_express", ns_steps=8, safety_factor=1.01)),
-        "8 steps, eps max, convolutions as one matrix, its iteration in float64",
+        "8 steps, convolutions, iterated in float64",
         problem=Problem(FILTERS),
     ),
     Pair(
@@ -136,7 +144,7 @@ PAIRS = (
             timm_float64,
             timm_muon(nesterov=True, weight_decay=0.1, ns_coefficients="polar_express_safer", safety_factor=1.02),
         ),
-        "5 of 8 steps, momentum sum against ema, its iteration in float64",
+        "5 of 8 steps, sum against ema, iterated in float64",
         problem=Problem(MATRICES),
     ),
     Pair(
@@ -147,7 +155,7 @@ PAIRS = (
             timm_float64,
             timm_muon(nesterov=True, ns_steps=7, ns_coefficients="original", adjust_lr_fn="rms_to_rms"),
         ),
-        "scale spectral (rms_to_rms), 7 steps, its iteration in float64",
+        "spectral (rms_to_rms), 7 steps, iterated in float64",
         problem=Problem(MATRICES),
     ),
     Pair(
@@ -165,7 +173,7 @@ PAIRS = (
         ),
         "optax.contrib.muon",
         optax_transform(lambda optax: optax.contrib.muon(0.02, "dion", eps=1e-8, nesterov=False, consistent_rms=0.2)),
-        "quintic (dion), eps outside, without nesterov, consistent_rms, norms on both sides of eps",
+        "quintic (dion), no nesterov, norms near eps",
         problem=Problem(MATRICES, 1e-10, 1e-7),
     ),
 )

@@ -86,13 +86,15 @@ def adabelief(
         d = m / (1 − β₁ᵗ) / (√(s / (1 − β₂ᵗ)) + ε)
         θ ← θ − α (d + λ θ)
 
-    ε_root stays in s, where it sums up to ε_root / (1 − β₂): the ε of the paper's s, as in Optax and in the authors'
-    code, which take one ε in both places. With `rectify` the direction is that of `radam` with s in place of v and ε on
-    the uncorrected root: the default of the authors' `adabelief_pytorch`.
+    ε_root stays in s, where it sums up to ε_root / (1 − β₂): the ε of the paper's s, as in Optax; the authors' code
+    takes one ε in both places. With `rectify` the direction is that of `radam` with s in place of v and ε on the
+    uncorrected root: the default of the authors' `adabelief_pytorch`. `weight_decay`, `where`, `decay` and `peak` are
+    those of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
-    Differs from the authors' code in `rectify` (on there, off here, in the paper and in Optax).
+    Differs from the authors' code in `rectify` (on there, off here, in the paper and in Optax); from
+    Optax in keywords: there is no `nesterov`.
     """
     direction = adabelief_direction(b1, b2, eps, eps_root, rectify=rectify)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

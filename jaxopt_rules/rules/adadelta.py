@@ -56,7 +56,9 @@ def adadelta(
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps two copies of
     the direction's size, since d needs u as it was before.
 
-    Differs from TensorFlow in the default rate (0.001 there); from Optax for complex gradients, whose squares, not
-    |g|², that averages; from PyTorch, too, which treats the parts of complex numbers as numbers of their own.
+    Differs from TensorFlow in the default rate (0.001 there). From Optax and PyTorch in the default form of decay ("l2"
+    there). From Optax in keywords, too: `weight_decay_mask` is `where`, and without a rate it gives d, which climbs
+    when it is added. For complex gradients Optax averages their squares, not |g|², and PyTorch treats the parts of
+    complex numbers as numbers of their own.
     """
     return descend(adadelta_direction(rho, eps), learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -164,7 +164,9 @@ def _by_views(views: Views) -> Given:
         found = meant(paths, leaves)
         for view in found:
             if view is not None and view.parts != 1:
-                raise ValueError(f"adafactor: the means of a matrix belong to all of it, without parts: {view!r}")
+                raise ValueError(
+                    f"adafactor: the means of a matrix belong to all of it, without parts: leave out those of {view!r}"
+                )
         return [None if view is None or x.size == 0 else view for view, x in zip(found, leaves, strict=True)]
 
     return of_leaves
@@ -229,7 +231,7 @@ def adafactor(
 ) -> Rule:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5).
 
-        β̂₂ = 1 − (t − t₀)^(−c)                        R, C: of each row, of each column
+        β̂₂ = 1 − max(t − t₀, 1)^(−c)                  R, C: of each row, of each column
         R ← β̂₂ R + (1 − β̂₂) mean(|g|² + ε₁)            C ← β̂₂ C + (1 − β̂₂) mean(|g|² + ε₁)
         V̂ = R C / mean(R)                             where θ is not factored, V̂ ← β̂₂ V̂ + (1 − β̂₂)(|g|² + ε₁)
         U = g / √V̂                                    U ← U / max(1, rms(U) / d)
@@ -274,14 +276,18 @@ def adafactor(
     Raises:
       ValueError: a choice is none; `relative_step=False` without a rate; when used, a view does not fit.
 
-    Differs from Optax where there is no `learning_rate`: there α is 1, with neither a bound nor 1 / √t; its
-    `weight_decay_rate` is `decay="fixed"`. From timm's, which factors by other sizes and axes, and multiplies by the
+    Differs from Optax where there is no `learning_rate`: there α is 1, with neither a bound nor 1 / √t; where
+    t ≤ t₀, which is NaN there; in β̂₂, which Optax computes in float32; and in keywords: `weight_decay_rate` is
+    `weight_decay` with `decay="fixed"`, `weight_decay_mask` is `where`, and there is no `dtype_momentum`. From timm's, which factors by other sizes and axes, and multiplies by the
     parameter scale under the relative step alone.
     """
     if decay not in ("decoupled", "scaled", "fixed"):
-        raise ValueError(f'adafactor: decay is "decoupled", "scaled" or "fixed", not {decay!r}')
+        raise ValueError(
+            f'adafactor: decay is "decoupled", "scaled" or "fixed", not {decay!r}; '
+            "for other forms: descend(adafactor_direction(), learning_rate, weight_decay, decay=...)"
+        )
     if learning_rate is None and relative_step is False:
-        raise ValueError("adafactor: without the relative step there must be a learning_rate")
+        raise ValueError("adafactor: without the relative step there must be a learning_rate, such as 1e-3")
     relative = learning_rate is None if relative_step is None else relative_step
     direction = adafactor_direction(
         min_dim_size_to_factor,

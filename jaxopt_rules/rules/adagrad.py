@@ -1,6 +1,5 @@
 """Adagrad: a direction from the sum of all squared gradients."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from jax import Array
@@ -20,16 +19,19 @@ class AdagradState(NamedTuple):
     v: Any  # like θ, float32 or wider, real: sum of |g|², without what it is taken to begin with
 
 
-@dataclass(frozen=True)
-class _Adagrad:
-    eps_placement: Epsilon
-
-    def __call__(
-        self, g: Array, v: Array, *, t: Array, initial_accumulator_value: Array, eps: Array, lr_decay: Array
-    ) -> tuple[Array, tuple[Array]]:
-        v = v + abs2(g)
-        d = over_root(g, initial_accumulator_value + v, eps, self.eps_placement)
-        return d / (1 + (t - 1) * lr_decay), (v,)
+def _adagrad(
+    g: Array,
+    v: Array,
+    *,
+    t: Array,
+    initial_accumulator_value: Array,
+    eps: Array,
+    lr_decay: Array,
+    eps_placement: Epsilon,
+) -> tuple[Array, tuple[Array]]:
+    v = v + abs2(g)
+    d = over_root(g, initial_accumulator_value + v, eps, eps_placement)
+    return d / (1 + (t - 1) * lr_decay), (v,)
 
 
 @constructor
@@ -43,9 +45,10 @@ def adagrad_direction(
     """The direction d of `adagrad`, before any learning rate, for chains of your own."""
     check_epsilon(eps_placement)
     return leafwise(
-        _Adagrad(eps_placement),
+        _adagrad,
         AdagradState,
         slots={"v": real_zeros},
+        static={"eps_placement": eps_placement},
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
         lr_decay=lr_decay,
@@ -69,8 +72,8 @@ def adagrad(
 
         v ← v + |g|²
 
-        "inside":   d = g / √(a + v + ε)           Optax
-        "outside":  d = g / (√(a + v) + ε)         the paper, with a = 0 and ε = δ; PyTorch, Keras
+        "inside":   d = g / √(a + v + ε)           Optax, Keras
+        "outside":  d = g / (√(a + v) + ε)         the paper, with a = 0 and ε = δ; PyTorch
 
         θ ← θ − α d / (1 + count γ)
 
@@ -83,7 +86,8 @@ def adagrad(
 
     Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
 
-    Differs from the paper and PyTorch in the defaults, which are Optax's.
+    Differs from the paper and PyTorch in the defaults, which are Optax's; from PyTorch in the default form of decay
+    ("l2" there).
     """
     direction = adagrad_direction(initial_accumulator_value, eps, eps_placement=eps_placement, lr_decay=lr_decay)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

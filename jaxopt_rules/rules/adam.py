@@ -84,7 +84,7 @@ def _adamw_step(
 
 def _check_bias_correction(value: str) -> None:
     if value not in ("moments", "step"):
-        raise ValueError(f'bias_correction must be "moments" or "step", not {value!r}')
+        raise ValueError(f'adam: bias_correction must be "moments" or "step", not {value!r}')
 
 
 @constructor
@@ -129,11 +129,9 @@ def adam(
 
         θ ← θ − α d
 
-    Memory: 2 slots, 8 bytes per float32 parameter.
-
-    `bias_correction="moments"` is Algorithm 1, PyTorch's and Optax's Adam. `"step"` folds both corrections into
-    the rate (the last paragraph of section 2, and the documented class `Adam`): the same but for ε, which is added to
-    the uncorrected root and so acts as ε / √(1 − β₂ᵗ), 30 times larger on the first step.
+    `bias_correction="moments"` is Algorithm 1, PyTorch's and Optax's Adam. `"step"` folds both corrections into the
+    rate (the last paragraph of section 2, and the class `Adam`): the same but for ε, which is added to the uncorrected
+    root and so acts as ε / √(1 − β₂ᵗ), 30 times larger on the first step.
 
     `eps_placement` moves ε in the quotient by the root r, which is √(v / (1 − β₂ᵗ)) with "moments" and √v with "step":
 
@@ -142,8 +140,12 @@ def adam(
         "inside"    m / √(r² + ε)        `eps_root` of Optax, MaxText
         "max"       m / max(r, ε)        HeavyBall
 
-    Differs from Optax in float32: 1 − β and 1 − βᵗ keep their digits (Optax's direction is off by 7e-6 for β₂ = 0.999),
-    and slots are float32 for narrower parameters.
+    Memory: 2 slots, 8 bytes per float32 parameter.
+
+    Differs from Optax in keywords: `eps_root` with `eps=0` is `eps_placement="inside"`, `nesterov=True` is
+    `nadamw(weight_decay=None)`, and there is no `mu_dtype`: slots are float32 for narrower parameters, too. And in
+    float32, where 1 − β and 1 − βᵗ keep their digits (Optax's direction is off by up to 1e-5 with the default betas).
+    From PyTorch in keywords: its `weight_decay` is `adamw(decay="l2")`, its `amsgrad` `amsgrad(maximum_of="uncorrected")`.
     """
     direction = adam_direction(b1, b2, eps, bias_correction=bias_correction, eps_placement=eps_placement)
     return chain(direction, step(learning_rate))
@@ -172,14 +174,17 @@ def adamw(
     `peak` choose another form of decay, as `step` describes them; besides those there is `decay="l2"`, where
     g ← g + λ θ in front of the moments: PyTorch's `Adam(weight_decay=λ)`.
 
+    `bias_correction="step"` is the class `AdamW`: the corrected rate multiplies the decay too, so that with the usual
+    betas it begins at a third of α λ, falls to 0.15 of it near t = 12 and then rises to all of it. It has no other form
+    of decay. `eps_placement` is that of `adam`.
+
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
-    `bias_correction="step"` is the documented class `AdamW`: the corrected rate multiplies the decay too, so that with
-    the usual betas it begins at a third of α λ, falls to 0.15 of it near t = 12 and then rises to all of it. It
-    has no other form of decay. `eps_placement` is that of `adam`.
+    Raises:
+      ValueError: `bias_correction` or `eps_placement` is unknown, "step" has another form of decay, or as `descend`.
 
     Differs from the paper, whose decay is not multiplied by α (`decay="independent"` is the paper's); from Optax in the
-    default λ (1e-4 there, 0.01 here and in PyTorch).
+    default λ (1e-4 there, 0.01 here and in PyTorch), and in keywords: `mask` is `where`, and the others are as in `adam`.
     """
     _check_bias_correction(bias_correction)
     check_epsilon(eps_placement)
@@ -187,7 +192,7 @@ def adamw(
         direction = adam_direction(b1, b2, eps, eps_placement=eps_placement)
         return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
     if decay != "decoupled" or peak is not None:
-        raise ValueError('adamw: bias_correction="step" has decoupled decay alone; others need "moments"')
+        raise ValueError('adamw: bias_correction="step" has decoupled decay alone, without peak; others need "moments"')
     return leafwise(
         _adamw_step,
         AdamState,

@@ -52,12 +52,12 @@ def adamax(
         m ← m + (1 − β₁)(g − m)          u ← max(β₂ u, |g| + ε)
         θ ← θ − α (m / (1 − β₁ᵗ) / u + λ θ)
 
+    ε stands where PyTorch and Optax have it. `eps=0` is the paper, and no division by zero: what has had no gradient
+    but zeros does not move. `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
+
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
-    ε stands where PyTorch and Optax have it. `eps=0` is the paper, and no division by zero: what has had no gradient
-    but zeros does not move.
-
-    Differs from Keras, which adds ε to u in the quotient; from PyTorch in the default form of decay (there L2).
+    Differs from Keras, which adds ε to u in the quotient; from PyTorch in the default form of decay ("l2" there).
     """
     return descend(adamax_direction(b1, b2, eps), learning_rate, weight_decay, where, decay=decay, peak=peak)
 
@@ -74,10 +74,14 @@ def adamaxw(
     decay: Decay | Literal["l2"] = "decoupled",
     peak: float | Schedule | None = None,
 ) -> Rule:
-    """Adamax with decoupled weight decay by default, as in Optax: `adamax(..., weight_decay=1e-4)`.
+    """Adamax with decoupled weight decay by default (Loshchilov & Hutter 2019, arXiv:1711.05101), as Optax has it.
 
         θ ← θ − α (d + λ θ)          d as in `adamax`
 
+    This is `adamax(..., weight_decay=1e-4)`. `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
+
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
+
+    Differs from Optax in keywords: `mask` is `where`.
     """
     return adamax(learning_rate, b1, b2, eps, weight_decay=weight_decay, where=where, decay=decay, peak=peak)

@@ -80,14 +80,15 @@ def adan(
         θ ← (θ − α d) / (1 + α λ)
 
     Here β is what a mean keeps, as in Adam and in the authors' code; the paper's β is 1 − β. The rate is 5 to 10 times
-    that of AdamW. Where there is `weight_decay`, it is proximal, as above; `decay="decoupled"` is the authors'
-    `no_prox`, and `step` describes the others.
+    that of AdamW. `weight_decay`, `where`, `decay` and `peak` are those of `descend`. By default decay is "proximal",
+    as above; "decoupled" is the authors' `no_prox`.
 
-    Memory: 4 slots, 16 bytes per float32 parameter. XLA copies the last gradient, which two slots read.
+    Memory: 4 slots, 16 bytes per float32 parameter; 5 slots, 20 bytes, with `decay="initial"`. XLA copies the last
+    gradient, which two slots read.
 
     Differs from the paper as the authors' code does: the means begin at 0 and are corrected for it, and nothing is
     restarted. From Optax, which has 1 − β₂ in place of both factors β₂ (its β₂ is 0.92, too; the two agree at 0.5
-    alone), a second ε of 1e-8 under the root, and decoupled decay.
+    alone), a second ε of 1e-8 under the root, `eps_root`, and decoupled decay, whose `mask` is `where`.
     """
     if weight_decay is None and decay == "proximal":
         decay = "decoupled"  # of nothing

@@ -102,13 +102,13 @@ def ademamix(
         a(t) = s a          1 / ln β₃(t) = (1 − s) / ln β₁ + s / ln β₃
 
     so that the half-life of m₂ grows linearly from that of m₁. Without it a and β₃ are what they are set to: numbers,
-    or schedules of your own, which count from 0. `decay` and `peak` choose another form of decay, as `step` describes
-    them.
+    or schedules of your own, which count from 0. `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
-    Memory: 3 slots, 12 bytes per float32 parameter.
+    Memory: 3 slots, 12 bytes per float32 parameter; 4 slots, 16 bytes, with `decay="initial"`.
 
     Differs from the authors' code in the schedule of β₃, where that adds 1e-8 to β: its last values before T are off
     by 1e-4 of 1 − β₃; and in the default a, 2 in the authors' PyTorch code, 5 in their Optax code, in Optax and here.
+    From Optax in keywords: `mask` is `where`, and there are no `eps_root` and `mu_dtype`.
     """
     direction = ademamix_direction(b1, b2, b3, alpha, eps, warmup=warmup)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -56,7 +56,7 @@ def amsgrad_direction(
 ) -> Rule:
     """The direction d of `amsgrad`, before any learning rate, for chains of your own."""
     if maximum_of not in ("corrected", "uncorrected"):
-        raise ValueError(f'maximum_of is "corrected" or "uncorrected", not {maximum_of!r}')
+        raise ValueError(f'amsgrad: maximum_of is "corrected" or "uncorrected", not {maximum_of!r}')
     return leafwise(
         _amsgrad,
         AmsgradState,
@@ -91,11 +91,14 @@ def amsgrad(
         d = m / (1 − β₁ᵗ) / (√v̂ + ε)             θ ← θ − α (d + λ θ)
 
     `maximum_of="corrected"` is Optax's AMSGrad. `"uncorrected"` is PyTorch's `Adam(amsgrad=True)`, where one large
-    gradient at the start, which the correction blows up, is not remembered at that size for ever.
+    gradient at the start, which the correction blows up, is not remembered at that size for ever. `weight_decay`,
+    `where`, `decay` and `peak` are those of `descend`.
 
     Memory: 3 slots, 12 bytes per float32 parameter; 4 slots, 16 bytes, with `decay="initial"`.
 
-    Differs from the paper, which corrects no bias at all (nor does Optax with both of its `bias_correction_...` off).
+    Differs from the paper, which corrects no bias at all; from PyTorch in the defaults of `maximum_of` and of the form
+    of decay ("l2" there); from Optax in keywords: there are no `eps_root`, `mu_dtype`, `bias_correction_mu` and
+    `bias_correction_nu`.
     """
     direction = amsgrad_direction(b1, b2, eps, maximum_of=maximum_of)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -162,10 +162,11 @@ def dog(
       weight_decay: λ, of which η is no factor: at α = 1 an array shrinks by λ in every step. `decay` chooses another
         form, as `step` describes them; in "l2", g ← g + λ θ, G has the decay too.
 
-    Memory: 1 slot, 4 bytes per float32 parameter.
+    Memory: 1 slot, 4 bytes per float32 parameter, and a number per array; 2 slots, 8 bytes, with `decay="initial"`.
 
     Differs from the authors' code (`dog-optimizer`) and from Optax, whose decay is "l2"; from the former also where
-    `init_eta` and α are both given: there the first step has no α.
+    `init_eta` and α are both given: there the first step has no α. From Optax in keywords: `init_step` is `reps_rel`
+    ("heuristic") or `init_eta` ("learning_rate"), and `mask` is `where`.
     """
     direction = dog_direction(reps_rel=reps_rel, eps=eps, init_eta=init_eta)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
@@ -193,7 +194,7 @@ def ldog(
 
     All as in `dog`, but that the norms are those of one array, and that η is not recorded.
 
-    Memory: 1 slot, 4 bytes per float32 parameter, and three numbers for each array.
+    Memory: 1 slot, 4 bytes per float32 parameter, and 3 numbers per array; 2 slots, 8 bytes, with `decay="initial"`.
 
     Differs from the authors' code (`dog-optimizer`) as `dog` does.
     """

@@ -81,18 +81,20 @@ def lamb(
 
         d = ‖θ‖ / ‖u‖ · u, and u where ‖θ‖ or ‖u‖ is 0          θ ← θ − α d
 
-    with norms over each array. Decay is "inside" the ratio. Any other form that `decay` names acts on θ as `step`
-    describes it, beside the ratio, or with "l2" on the gradient.
+    with norms over each array. `weight_decay`, `where`, `decay` and `peak` are those of `descend`; by default decay is
+    "inside" the ratio, as above.
 
     Args:
       max_ratio: the largest ratio, if there is one; 1 in the variant called LAMBC, timm's `trust_clip`.
       trust_where: the arrays that have a ratio, by default all.
 
-    Memory: 2 slots, 8 bytes per float32 parameter. XLA keeps a copy of u, which the norm and the update read.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps a copy of u,
+    which the norm and the update read.
 
     Differs from timm, which leaves out the ratio where there is no decay (`trust_where` with the selector of `where`)
     and clips the norm of all gradients to 1 (`clip_by_global_norm(1.0)` in front). The φ that bounds ‖θ‖ in the paper's
-    theory is the identity, as in its experiments. Keras has `decay="decoupled"`.
+    theory is the identity. From Keras, which has `decay="decoupled"`. From Optax in keywords: `mask` is `where`, and
+    there is no `eps_root`.
     """
     if decay != "inside":
         direction = lamb_direction(b1, b2, eps, max_ratio=max_ratio, trust_where=trust_where)

@@ -157,8 +157,9 @@ def lars(
     Memory: 1 slot, 4 bytes per float32 parameter.
 
     Differs from Optax, which has `denominator="joint"`; from timm, which has `rate="outside"`, no ratio where λ = 0
-    (`trust_where` with the selector of `where`), ε = 1e-8, and r = 1 where g alone is 0. Of both in that decay has no
-    other form: for one, chain(lars_direction(), step(α, λ, decay=...)).
+    (`trust_where` with the selector of `where`), ε = 1e-8, and r = 1 where g alone is 0. From Optax in keywords, too:
+    `weight_decay_mask=True` and `trust_ratio_mask=True` are `where=None` and `trust_where=None`. Decay has no other
+    form here: for one, chain(lars_direction(), step(α, λ, decay=...)).
     """
     _check(denominator, rate)
     form = _Form(denominator, nesterov, rate == "inside", trust_clip)

@@ -10,6 +10,10 @@ Tree-level: the slope along a direction is an inner product over all arrays. A s
 of the loss itself, `grad`, not of what hooks have made of it: what is measured is the loss. Where a hook or a direction
 has lost the way down (φ′(0) ≥ 0, or not finite), steepest descent takes its place.
 
+`value_fn` is given the parameters that `update` got, moved where there is a direction; the others are as they were.
+Inside `partition`, `masked` and `freeze` a rule gets one group, and `None` for the rest: let a search stand behind a
+`partition` of directions, and freeze a parameter by the gradient `None`.
+
 The length η is a constant to differentiation: a gradient that is taken through an update passes through d.
 """
 
@@ -269,7 +273,7 @@ def backtracking(
     `num_linesearch_steps`, and `linesearch_failed`.
 
     Nothing behind the search may change the parameters, else the value and gradient that it keeps are those of another
-    point; and `value_fn` is given the parameters that `update` got, so inside `partition` it sees one group.
+    point. The search needs the whole model: it stands behind `partition`, not in it.
 
     Memory: 1 slot, 4 bytes per float32 parameter.
 
@@ -483,7 +487,7 @@ def strong_wolfe(
     is too high. Recorded are η as `step_size`, the trials as `num_linesearch_steps`, and `linesearch_failed`.
 
     Nothing behind the search may change the parameters, else the value and gradient that it keeps are those of another
-    point; and `value_fn` is given the parameters that `update` got, so inside `partition` it sees one group.
+    point. The search needs the whole model: it stands behind `partition`, not in it.
 
     Memory: 1 slot, 4 bytes per float32 parameter.
 

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
@@ -35,8 +36,8 @@ def lion_direction(b1: float | Schedule = 0.9, b2: float | Schedule = 0.99) -> R
     Raises:
       ValueError: `b2` is 0.
     """
-    if isinstance(b2, int | float) and b2 == 0:
-        raise ValueError("lion: b2 must be greater than 0")
+    if not (callable(b2) or isinstance(b2, Tracer)) and b2 == 0:
+        raise ValueError("lion: b2 must be greater than 0 and less than 1, such as 0.99, not 0")
     return leafwise(_lion, LionState, b1=b1, b2=b2)
 
 
@@ -58,11 +59,12 @@ def lion(
 
         θ ← θ − α (d + λ θ)
 
-    Every element moves by α, so that α is 3 to 10 times smaller than AdamW's, and λ 3 to 10 times larger. `decay` and
-    `peak` choose another form of decay, as `step` describes them.
+    Every element moves by α, so that α is 3 to 10 times smaller than AdamW's, and λ 3 to 10 times larger.
+    `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
-    Memory: 1 slot, 4 bytes per float32 parameter.
+    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
 
-    Differs from Optax in the default λ: 1e-3 there; none here, in the authors' code and in lion-pytorch.
+    Differs from Optax in the default λ: 1e-3 there; none here, in the authors' code and in lion-pytorch; and in
+    keywords: `mask` is `where`, and there is no `mu_dtype`.
     """
     return descend(lion_direction(b1, b2), learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -87,7 +87,7 @@ def muon_direction(
     """The direction of `muon`, before any learning rate, for chains of your own."""
     if momentum not in _MOMENTA:
         raise ValueError(
-            f"muon: momentum is its form, {', '.join(map(repr, _MOMENTA))}, not {momentum!r}; its rate is beta"
+            f"muon: momentum is its form, {', '.join(map(repr, _MOMENTA))}, not {momentum!r}; the decay rate is beta"
         )
     if scale is not None and not callable(scale) and scale not in _SCALES:
         raise ValueError(
@@ -154,15 +154,18 @@ def muon(
         "svd", exact and slow; a `NewtonSchulz(...)`; or a function from a stack (matrices, rows, columns) to another.
       scale: s; also a function of rows and columns.
 
-    Memory: 1 slot, 4 bytes per float32 parameter.
+    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
 
     Raises:
       TypeError, ValueError: a choice is none; when used, a leaf is no matrix or has no view (see `MatrixView`).
 
-    Differs from all libraries in that it iterates in float32, not in bfloat16, which is
+    Differs from PyTorch, timm and Keller Jordan's class in that it iterates in float32, not in bfloat16, which is
     `polar=NewtonSchulz(dtype="bfloat16")`; the two are some percent apart in single elements. From Keller Jordan's
-    class, which scales convolutions by the sides of the filter, and holds an AdamW for other leaves. From Optax:
-    that is `momentum="debiased"`, `polar=NewtonSchulz(eps=1e-8)`.
+    class, which scales convolutions by the sides of the filter, and holds an AdamW for other leaves. From Optax, which
+    holds one, too (`adam_...`): that is `momentum="debiased"`, `polar=NewtonSchulz(eps=1e-8)` here; of its keywords
+    `ns_coeffs`, `ns_steps` and `eps` are in `polar`, `consistent_rms=0.2` is `scale="match_rms_adamw"`,
+    `muon_weight_dimension_numbers` are `views`, `weight_decay_mask` is `where`, and there are no `preconditioning`,
+    `adaptive` and `mu_dtype`.
     """
     direction = muon_direction(beta=beta, nesterov=nesterov, momentum=momentum, polar=polar, scale=scale, views=views)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
@@ -188,9 +191,10 @@ def muon_moonshot(
     The scale gives updates the size that AdamW's have, so that α and λ tuned for AdamW can be kept, and one α serves
     both groups of a `partition`.
 
-    Memory: 1 slot, 4 bytes per float32 parameter.
+    Everything else is as in `muon`: this is muon(momentum="sum", scale="match_rms_adamw") with decay. It needs no
+    oracle of its own, since both of these choices have one there.
 
-    Everything else is as in `muon`: this is muon(momentum="sum", scale="match_rms_adamw") with decay.
+    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
     """
     direction = muon_direction(
         beta=beta, nesterov=nesterov, momentum="sum", polar=polar, scale="match_rms_adamw", views=views
@@ -198,16 +202,16 @@ def muon_moonshot(
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
 
 
-_TORCH = NewtonSchulz(eps_placement="max")
+_PYTORCH = NewtonSchulz(eps_placement="max")
 
 
 @constructor
-def muon_torch(
+def muon_pytorch(
     learning_rate: float | Schedule = 1e-3,
     *,
     beta: float | Schedule = 0.95,
     nesterov: bool = True,
-    polar: str | Polar = _TORCH,
+    polar: str | Polar = _PYTORCH,
     scale: str | Scale | None = "original",
     views: Views = None,
     weight_decay: float | Schedule | None = 0.1,
@@ -215,15 +219,18 @@ def muon_torch(
     decay: Decay | Literal["l2"] = "decoupled",
     peak: float | Schedule | None = None,
 ) -> Rule:
-    """Muon as `torch.optim.Muon` has it; its `adjust_lr_fn` is `scale`.
+    """Muon (Jordan et al. 2024) as `torch.optim.Muon` has it.
 
         m ← m + (1 − β)(g − m)      u = (1 − β) g + β m      θ ← θ − α (√max(1, out / in) polar(u) + λ θ)
 
-    Memory: 1 slot, 4 bytes per float32 parameter.
-
     Everything else is as in `muon`, from which it differs in the defaults of α and λ and in ε, which is a lower bound
-    of the norm. PyTorch's layers store (out, in), which is `views=MatrixView(rows=-1, columns=-2)`; PyTorch iterates in
-    bfloat16, which is `polar=NewtonSchulz(eps_placement="max", dtype="bfloat16")`.
+    of the norm. PyTorch's layers store (out, in), which is `views=MatrixView(rows=-1, columns=-2)`.
+
+    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
+
+    Differs from PyTorch, which iterates in bfloat16: `polar=NewtonSchulz(eps_placement="max", dtype="bfloat16")`; and
+    in keywords: `momentum` and `adjust_lr_fn` are `beta` and `scale`, and `ns_coefficients`, `ns_steps` and `eps` are
+    in `polar`.
     """
     direction = muon_direction(beta=beta, nesterov=nesterov, polar=polar, scale=scale, views=views)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -96,14 +96,15 @@ def nadam(
         d = (μ_{t+1} m / (1 − μ_{t+1} Π) + (1 − μ_t) g / (1 − Π)) / (√(v / (1 − β₂ᵗ)) + ε)
         θ ← θ − α (d + λ θ)
 
-    `momentum_decay` is ψ, of Dozat's schedule, in which the momentum rises from β₁ / 2 to β₁. Π, the product of all
-    μ, begins at 1 and stays in the state, since ψ and β₁ may change.
+    `momentum_decay` is ψ, of Dozat's schedule, in which the momentum rises from β₁ / 2 to β₁. Π, the product of all μ,
+    begins at 1 and stays in the state, since ψ and β₁ may change. `weight_decay`, `where`, `decay` and `peak` are those
+    of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter, and a number per array; 3 slots, 12 bytes, with `decay="initial"`.
 
     Differs from Optax's `nadam`, which has no schedule of μ: that is `nadamw(weight_decay=None)` here. From the paper
     in m, whose mean keeps β₁ where the paper has μ_t, and in v / (1 − β₂ᵗ), which the paper multiplies by β₂. From
-    PyTorch in the default form of decay (there L2).
+    PyTorch in the default form of decay ("l2" there).
     """
     direction = nadam_direction(b1, b2, eps, momentum_decay=momentum_decay)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
@@ -149,7 +150,7 @@ def nadamw_direction(
 ) -> Rule:
     """The direction d of `nadamw`, before any learning rate, for chains of your own."""
     if form not in ("optax", "timm"):
-        raise ValueError(f'form is "optax" or "timm", not {form!r}')
+        raise ValueError(f'nadamw: form is "optax" or "timm", not {form!r}')
     check_epsilon(eps_placement)
     return leafwise(
         _nadamw,
@@ -188,12 +189,13 @@ def nadamw(
     `form="optax"` corrects m as of the next update, as Dozat does; it is Optax's `nadamw` and, with
     `weight_decay=None`, its `nadam`. `"timm"` is the baseline of AlgoPerf and timm's `NAdamW`: 1 + β₁ times a gradient
     on the first update, where "optax" has 1 + β₁ / (1 + β₁) times; the two meet as β₁ᵗ falls to 0. `eps_placement` is
-    that of `adam`.
+    that of `adam`, and `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
     Differs from PyTorch's `NAdam`, decoupled or not, which is `nadam` here; from timm in the default λ (0.01 there,
-    1e-4 here and in Optax).
+    1e-4 here and in Optax); from Optax in keywords: `mask` is `where`, `eps_root` with `eps=0` is
+    `eps_placement="inside"`, `nesterov=False` is `adamw`, and there is no `mu_dtype`.
     """
     direction = nadamw_direction(b1, b2, eps, form=form, eps_placement=eps_placement)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

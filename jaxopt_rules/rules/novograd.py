@@ -87,13 +87,13 @@ def novograd(
 
         θ ← θ − α m
 
-    Decay is "inside" the momentum. Any other form that `decay` names acts on θ as `step` describes it, or with "l2" on
-    the gradient.
+    `weight_decay`, `where`, `decay` and `peak` are those of `descend`; by default decay is "inside" the momentum, as
+    above.
 
-    Memory: 1 slot, 4 bytes per float32 parameter, and 4 bytes per array.
+    Memory: 1 slot, 4 bytes per float32 parameter, and a number per array; 2 slots, 8 bytes, with `decay="initial"`.
 
     Differs from Optax, and agrees with timm, where the first gradient of an array is 0: v begins with the first that is
-    not. timm's defaults are β = (0.95, 0.98), ε = 1e-8.
+    not; from Optax in keywords: there is no `eps_root`; from timm in the defaults, β = (0.95, 0.98) and ε = 1e-8 there.
     """
     if decay != "inside":
         direction = novograd_direction(b1, b2, eps, grad_averaging=grad_averaging)

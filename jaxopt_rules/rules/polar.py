@@ -75,7 +75,8 @@ class NewtonSchulz:
         X ← G / (s ‖G‖_F + ε)          X ← a X + b (X Xᴴ) X + c (X Xᴴ)² X    for each (a, b, c)
 
     Each step maps every singular value σ to a σ + b σ³ + c σ⁵. Steps of a steep slope at 0 lift the small ones fast, at
-    the price of not meeting 1 exactly. What becomes of singular values that are between 0.01, or 0.001, and 1 in X:
+    the price of not meeting 1 exactly. What becomes of singular values that are between 0.01, or 0.001, and 1 in G /
+    ‖G‖:
 
         coefficients             steps   from 0.01       from 0.001      slope at 0   as in
         "original"               5       0.682 - 1.134   0.471 - 1.202   485          Keller Jordan, PyTorch, Optax
@@ -92,20 +93,20 @@ class NewtonSchulz:
     Args:
       coefficients: the name of a list, or one of your own, a triple for each step.
       steps: how many of them; the last one is repeated where there are fewer. By default all.
-      dtype: what is iterated in; by default the precision of the slots, float32 or wider. The libraries use bfloat16,
-        which is what is fast on accelerators and moves elements by some hundredths; sums stay float32.
+      dtype: what is iterated in; by default the precision of the slots, float32 or wider. Others use bfloat16, which is
+        what is fast on accelerators and moves elements by some hundredths; sums stay float32.
       eps: ε; at 0, too, zero stays zero.
       eps_placement: "outside" divides by s ‖G‖ + ε, as Keller Jordan and Optax; "max" by max(s ‖G‖, ε), as PyTorch and
         timm.
       safety: s. By default 1.01 and 1.02 for "polar_express" and "polar_express_safer", which are made for it, else 1.
 
+    Matrices with more rows than columns are iterated by Xᴴ X, which is the smaller product. Complex ones are conjugated
+    where they are transposed. What `muon` is compared with is the oracle of this, too.
+
     Raises:
       TypeError: `dtype` is no real floating-point type; or, when called, the matrices are complex and a `dtype` is
         given.
       ValueError: the name is unknown, a triple is none, or a number is out of range.
-
-    Matrices with more rows than columns are iterated by Xᴴ X, which is the smaller product. Complex ones are conjugated
-    where they are transposed.
     """
 
     coefficients: str | Coefficients = "original"
@@ -122,7 +123,7 @@ class NewtonSchulz:
         else:
             if not self.coefficients or any(not isinstance(x, tuple | list) or len(x) != 3 for x in self.coefficients):
                 raise ValueError(
-                    f"NewtonSchulz: coefficients are triples (a, b, c), one for each step, or {_NAMES}, not "
+                    f"NewtonSchulz: coefficients are triples (a, b, c), one for each step, or a name ({_NAMES}), not "
                     f"{self.coefficients!r}"
                 )
             # A tuple of tuples, which hashes, whatever it was.
@@ -225,5 +226,5 @@ def solver(polar: str | Polar) -> Polar:
     if polar == "svd":
         return svd
     if polar not in _LISTS:
-        raise ValueError(f'no polar solver is named {polar!r}; {_NAMES} and "svd"')
+        raise ValueError(f"no polar solver is named {polar!r}; {_NAMES} and 'svd'")
     return NewtonSchulz(polar)

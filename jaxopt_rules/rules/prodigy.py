@@ -175,12 +175,13 @@ def prodigy(
 
     Memory: 4 slots, 16 bytes per float32 parameter; 8 + 8 / slice_p bytes for larger slices.
 
-    Differs from the paper, which has the old d in d ε, weights N and s by 1 − β₃ and not by 1 / d₀ (their ratio is the
-    same), and knows no bound on the growth; from Optax (`estim_lr0`, `estim_lr_coef` for d₀, `d_coef`), which corrects
-    biases always, and where an update with α = 0 or zero gradients alone at the start makes d NaN.
-
     Raises:
       ValueError: `decay` is unknown or has no `weight_decay`, or `slice_p` is no whole number, at least 1.
+
+    Differs from the paper, which has the old d in d ε, weights N and s by 1 − β₃ and not by 1 / d₀ (their ratio is the
+    same), and knows no bound on the growth; from Optax, which corrects biases always, and where an update with α = 0 or
+    zero gradients alone at the start makes the parameters NaN, and in keywords: `betas`, `beta3`, `estim_lr0`,
+    `estim_lr_coef` are `b1` and `b2`, `b3`, `d0`, `d_coef`.
     """
     if decay not in ("decoupled", "l2"):
         raise ValueError(f'prodigy: decay is "decoupled" or "l2", not {decay!r}')
@@ -189,7 +190,7 @@ def prodigy(
     in_front: list[Rule] = []
     if decay == "l2":
         if weight_decay is None:
-            raise ValueError('prodigy: decay="l2" needs weight_decay=...')
+            raise ValueError('prodigy: decay="l2" needs weight_decay=..., such as 0.1')
         in_front = [l2(weight_decay, where)]
         weight_decay = where = None
     rule = treewise(

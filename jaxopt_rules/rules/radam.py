@@ -99,7 +99,7 @@ def radam_direction(
 ) -> Rule:
     """The direction d of `radam`, before any learning rate, for chains of your own."""
     if silent not in ("sgd", "skip"):
-        raise ValueError(f'silent is "sgd" or "skip", not {silent!r}')
+        raise ValueError(f'radam: silent is "sgd" or "skip", not {silent!r}')
     check_epsilon(eps_placement)
     return leafwise(
         _radam,
@@ -142,14 +142,16 @@ def radam(
     ρ_t is about t while t is much less than ρ_∞: with the usual β₂ the first five updates are silent. With β₂ ≤ 0.6
     all are. A threshold below 4, where r is not real, acts as 4.
 
-    `eps_placement` is that of `adam`: "outside" is Optax's and optimi's, "hat" PyTorch's.
-    `silent="sgd"` is all that PyTorch, Optax and optimi have; "skip" is `degenerated_to_sgd=False` elsewhere.
+    `eps_placement` is that of `adam`: "outside" is Optax's and optimi's, "hat" PyTorch's. `silent="sgd"` is all that
+    PyTorch, Optax and optimi have; "skip" is `degenerated_to_sgd=False` in pytorch_optimizer. `weight_decay`, `where`,
+    `decay` and `peak` are those of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
     Differs from the paper in the threshold: 4 there (and in schedule-free RAdam), 5 in PyTorch and Optax. Whether
-    ρ_t = 5 itself is above it (in Optax) or not (in PyTorch) has no effect: no β₂ that is used gives that. From Optax
-    in float32, where ρ_t, a difference of numbers near 2 / (1 − β₂), loses its digits there: at t = 6 its step is 1 %
+    ρ_t = 5 itself is above it (in Optax) or not (in PyTorch) has no effect: no β₂ that is used gives that. From PyTorch
+    in the defaults of `eps_placement` ("hat" there) and of the form of decay ("l2" there). From Optax in keywords:
+    `eps_root` with `eps=0` is `eps_placement="inside"`, and there is no `nesterov`. And in float32, where ρ_t, a difference of numbers near 2 / (1 − β₂), loses its digits there: at t = 6 its step is 1 %
     off for β₂ = 0.999, and twice as long for 0.9999.
     """
     direction = radam_direction(b1, b2, eps, threshold=threshold, silent=silent, eps_placement=eps_placement)

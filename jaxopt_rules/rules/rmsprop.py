@@ -1,6 +1,5 @@
 """RMSProp: a direction from the running mean of squared gradients, or from their running variance."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -31,36 +30,26 @@ class CenteredRMSPropState(NamedTuple):
     s: Any  # like θ, float32 or wider, real: running variance of g
 
 
-@dataclass(frozen=True)
-class _Filled:
-    value: Any
-
-    def __call__(self, p: Any) -> Array:
-        return jnp.full_like(p, self.value, dtype=real(widened(p.dtype)))
+def _filled(p: Any, initial_scale: float) -> Array:
+    return jnp.full_like(p, initial_scale, dtype=real(widened(p.dtype)))
 
 
-@dataclass(frozen=True)
-class _RMSProp:
-    eps_placement: Epsilon
-
-    def __call__(self, g: Array, v: Array, *, one_minus_rho: Array, eps: Array) -> tuple[Array, tuple[Array]]:
-        v = ema(v, abs2(g), one_minus_rho)
-        return over_root(g, v, eps, self.eps_placement), (v,)
+def _rmsprop(
+    g: Array, v: Array, *, one_minus_rho: Array, eps: Array, eps_placement: Epsilon
+) -> tuple[Array, tuple[Array]]:
+    v = ema(v, abs2(g), one_minus_rho)
+    return over_root(g, v, eps, eps_placement), (v,)
 
 
-@dataclass(frozen=True)
-class _CenteredRMSProp:
-    eps_placement: Epsilon
-
-    def __call__(
-        self, g: Array, m: Array, s: Array, *, one_minus_rho: Array, eps: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        m = ema(m, g, one_minus_rho)
-        # What v − |m|² becomes when both means take in g, without the difference, which rounding can make negative.
-        # By the new m, since XLA would copy the old one for a second reader. Of one gradient, ρ = 0, the variance is 0.
-        rho = 1 - one_minus_rho
-        s = rho * s + quotient(one_minus_rho, rho, otherwise=0) * abs2(g - m)
-        return over_root(g, s, eps, self.eps_placement), (m, s)
+def _centered(
+    g: Array, m: Array, s: Array, *, one_minus_rho: Array, eps: Array, eps_placement: Epsilon
+) -> tuple[Array, tuple[Array, Array]]:
+    m = ema(m, g, one_minus_rho)
+    # What v − |m|² becomes when both means take in g, without the difference, which rounding can make negative.
+    # By the new m, since XLA would copy the old one for a second reader. Of one gradient, ρ = 0, the variance is 0.
+    rho = 1 - one_minus_rho
+    s = rho * s + quotient(one_minus_rho, rho, otherwise=0) * abs2(g - m)
+    return over_root(g, s, eps, eps_placement), (m, s)
 
 
 @constructor
@@ -75,12 +64,12 @@ def rmsprop_direction(
     """The direction d of `rmsprop`, before momentum and any learning rate, for chains of your own."""
     check_epsilon(eps_placement)
     if callable(initial_scale):
-        raise TypeError("initial_scale is a number, what v is born with, and no schedule")
+        raise TypeError("rmsprop: initial_scale is a number, what v is born with, and no schedule")
     check("initial_scale", initial_scale)
-    born = _Filled(initial_scale)
+    static = {"eps_placement": eps_placement, "initial_scale": initial_scale}
     if centered:
-        return leafwise(_CenteredRMSProp(eps_placement), CenteredRMSPropState, slots={"s": born}, rho=rho, eps=eps)
-    return leafwise(_RMSProp(eps_placement), RMSPropState, slots={"v": born}, rho=rho, eps=eps)
+        return leafwise(_centered, CenteredRMSPropState, slots={"s": _filled}, static=static, rho=rho, eps=eps)
+    return leafwise(_rmsprop, RMSPropState, slots={"v": _filled}, static=static, rho=rho, eps=eps)
 
 
 @constructor
@@ -118,8 +107,8 @@ def rmsprop(
         rmsprop(α, 0.9, 1e-7)                                                             # Keras
         rmsprop(α, 0.95, 1e-4, centered=True, momentum=0.9)                               # Graves
 
-    With `weight_decay`, `where`, `decay` and `peak` as in `descend`; a momentum of the form "tensorflow" has the decay
-    of `sgd(form="tensorflow")`.
+    `weight_decay`, `where`, `decay` and `peak` are those of `descend`. A momentum of the form "tensorflow" has the
+    decay of `sgd(form="tensorflow")`.
 
     Args:
       initial_scale: what v is born with; it has no effect later, and is no hyperparameter.
@@ -131,7 +120,8 @@ def rmsprop(
       ValueError: `nesterov` has no momentum, or `eps_placement`, `form` or `decay` is unknown.
 
     Differs from Optax in names: ρ is `decay` there, and `eps_in_sqrt` tells "inside" from "outside"; its
-    `bias_correction=True` is `adam(b1=0)`. From all others with `centered` in that the slot holds s, not v, and so
+    `bias_correction=True` is `adam(b1=0, eps_placement="inside")`. From PyTorch in the default form of decay ("l2"
+    there). From all others with `centered` in that the slot holds s, not v, and so
     keeps its digits where s is much smaller than v, where the others' difference can be negative and its root NaN.
     """
     if not isinstance(decay, str):

@@ -151,12 +151,13 @@ def sam(rule: Rule, rho: float | Schedule = 0.05, *, adaptive: bool = False, has
     Memory: that of the rule; in a step, besides, one copy of the parameters, θ + ε̂, and a second gradient. ε̂ is small:
     added to a parameter narrower than float32, most of it is lost in rounding.
 
-    Differs from Optax's `contrib.sam`, where the two gradients are two calls, but for its opaque mode; from the paper
-    in the 10⁻¹², which is that of the usual PyTorch form (davda54/sam).
-
     Raises:
       TypeError: `rule` is no rule; in `update`, there is neither function, or there are no parameters.
       ValueError: the rule gives directions, or ρ is below 0.
+
+    Differs from Optax's `contrib.sam`, where the two gradients are two calls, but for its opaque mode, and which takes
+    the perturbing rule as `adv_optimizer` in place of `rho`; from the paper in the 10⁻¹², which is that of the usual
+    PyTorch form (davda54/sam).
     """
     member = giving_updates(rule, "sam")
     check("rho", rho)

@@ -188,14 +188,15 @@ def schedule_free(
     rounded y, an average that moves by c = 1/t of the way would not move any more after a few hundred updates.
     So what else changes a narrow parameter between updates is forgotten, where a wide one carries it on in x.
 
-    Differs from Optax, whose weights read a schedule one update ahead of the rule, which divides by a β that may not
-    change, and which keeps z, c and β in the parameters' precision; from the authors in nothing but rounding, as long
-    as p and r stay: where they change, the weights so far keep their sum in units of the last one.
-
     Raises:
       TypeError: `rule` is no rule.
       ValueError: it gives directions, or may do nothing, as `accumulate` does; put those around schedule_free. Or `b1`
         is 0, where y would tell nothing of x; or, in `init`, the rule has not one learning rate.
+
+    Differs from Optax, whose weights read a schedule one update ahead of the rule, which divides by a β that may not
+    change, and which keeps z, c and β in the parameters' precision (there is no `state_dtype` here); from the authors
+    in nothing but rounding, as long as p and r stay: where they change, the weights so far keep their sum in units of
+    the last one.
     """
     member = always_acting(rule, "schedule_free")
     hyper = {"one_minus_b1": b1, "weight_lr_power": weight_lr_power, "r": r}
@@ -242,17 +243,19 @@ def schedule_free_sgd(
         z ← z − α (g + λ y)          x ← (1 − c) x + c z          y ← (1 − β) z + β x
 
     c as in `schedule_free`, which this is around `step`. The parameters are y; `eval_params(state, params)` are x.
+    `weight_decay`, `where`, `decay` and `peak` are those of `step`.
 
     Args:
       warmup_steps: W: the first W updates have the rates α/W, 2α/W, ..., α. α is then a schedule, and not live.
 
-    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots where the parameters are narrower.
-
-    Differs from Optax, whose warm-up begins with a rate of 0, and reaches α one update later; from the authors' class
-    in nothing but rounding (their `momentum` is `b1`).
+    Memory: 1 slot, 4 bytes per float32 parameter; 2 slots where the parameters are narrower; 1 more with
+    `decay="initial"`.
 
     Raises:
       ValueError: as `step` and `schedule_free`; or `warmup_steps` is no whole number, or goes with a schedule.
+
+    Differs from Optax, whose warm-up begins with a rate of 0, and reaches α one update later, and in keywords: there is
+    no `state_dtype`; from the authors' class in nothing but rounding (their `momentum` is `b1`).
     """
     rate = _warmed_up(learning_rate, warmup_steps, "schedule_free_sgd")
     peak = _peak(learning_rate, rate, decay, peak)
@@ -301,18 +304,21 @@ def schedule_free_adamw(
         z ← z − α (d + λ y)          x ← (1 − c) x + c z          y ← (1 − β₁) z + β₁ x
 
     c as in `schedule_free`. There is no first moment: the average has its place. The parameters are y;
-    `eval_params(state, params)` are x. The authors use β₁ = 0.95 or 0.98 for long runs.
+    `eval_params(state, params)` are x. The authors use β₁ = 0.95 or 0.98 for long runs. `weight_decay`, `where`,
+    `decay` and `peak` are those of `descend`.
 
     Args:
       warmup_steps: W: the first W updates have the rates α/W, 2α/W, ..., α. α is then a schedule, and not live.
 
-    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots where the parameters are narrower.
-
-    Differs from Algorithm 1, as the authors' class does, where that multiplies α by √(1 − β₂ᵗ), which here divides v
-    (ε then weighs more at first); from Optax, whose warm-up begins with a rate of 0, and reaches α one update later.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots where the parameters are narrower; 1 more with
+    `decay="initial"`.
 
     Raises:
       ValueError: as `step` and `schedule_free`; or `warmup_steps` is no whole number, or goes with a schedule.
+
+    Differs from Algorithm 1, as the authors' class does, where that multiplies α by √(1 − β₂ᵗ), which here divides v
+    (ε then weighs more at first); from Optax, whose warm-up begins with a rate of 0, and reaches α one update later,
+    and in keywords: there is no `state_dtype`.
     """
     rate = _warmed_up(learning_rate, warmup_steps, "schedule_free_adamw")
     peak = _peak(learning_rate, rate, decay, peak)

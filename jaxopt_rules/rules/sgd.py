@@ -1,7 +1,5 @@
 """Gradient descent and its momentum: the velocity without the rate (`sgd`) and with it (`momentum`)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -27,14 +25,9 @@ class VelocityState(NamedTuple):
     v: Any  # like θ, float32 or wider: decaying sum of gradients; of the form "ema", their running mean
 
 
-def _velocity(g: Array, v: Array, *, momentum: Array) -> tuple[Array, tuple[Array]]:
+def _velocity(g: Array, v: Array, *, momentum: Array, nesterov: bool) -> tuple[Array, tuple[Array]]:
     v = momentum * v + g
-    return v, (v,)
-
-
-def _nesterov(g: Array, v: Array, *, momentum: Array) -> tuple[Array, tuple[Array]]:
-    v = momentum * v + g
-    return g + momentum * v, (v,)
+    return g + momentum * v if nesterov else v, (v,)
 
 
 def _dampened(
@@ -44,14 +37,9 @@ def _dampened(
     return v, (v,)
 
 
-def _mean(g: Array, v: Array, *, one_minus_momentum: Array) -> tuple[Array, tuple[Array]]:
+def _mean(g: Array, v: Array, *, one_minus_momentum: Array, nesterov: bool) -> tuple[Array, tuple[Array]]:
     v = ema(v, g, one_minus_momentum)
-    return v, (v,)
-
-
-def _nesterov_mean(g: Array, v: Array, *, one_minus_momentum: Array) -> tuple[Array, tuple[Array]]:
-    v = ema(v, g, one_minus_momentum)
-    return ema(v, g, one_minus_momentum), (v,)
+    return ema(v, g, one_minus_momentum) if nesterov else v, (v,)
 
 
 @constructor
@@ -78,11 +66,10 @@ def momentum_direction(
         raise ValueError(f'momentum_direction: form is "pytorch" or "ema", not {form!r}')
     if dampening is not None:
         if form == "ema" or nesterov:
-            raise ValueError('dampening is for form="pytorch" without nesterov, as in PyTorch')
+            raise ValueError('sgd: dampening is for form="pytorch" without nesterov, as in PyTorch')
         return leafwise(_dampened, VelocityState, momentum=momentum, dampening=dampening)
-    if form == "ema":
-        return leafwise(_nesterov_mean if nesterov else _mean, VelocityState, momentum=momentum)
-    return leafwise(_nesterov if nesterov else _velocity, VelocityState, momentum=momentum)
+    leaf = _mean if form == "ema" else _velocity
+    return leafwise(leaf, VelocityState, static={"nesterov": bool(nesterov)}, momentum=momentum)
 
 
 trace = momentum_direction
@@ -128,7 +115,8 @@ def sgd(
       ValueError: what is said of a momentum has none, `form` is unknown, or it has no such `dampening` or `decay`.
 
     Differs from `momentum`, where the velocity contains the rate; at a constant rate the two are the same. From PyTorch
-    with `dampening` for a parameter without a gradient in the first update: the first that it has later is dampened.
+    with `dampening` for a parameter without a gradient in the first update: the first that it has later is dampened;
+    and in the default form of decay ("l2" there). From Optax in keywords: there is no `accumulator_dtype`.
     """
     if form not in ("pytorch", "tensorflow", "ema"):
         raise ValueError(f'sgd: form is "pytorch", "tensorflow" or "ema", not {form!r}')
@@ -141,7 +129,7 @@ def sgd(
         return step(learning_rate, weight_decay, where, decay=decay, peak=peak)
     if form == "tensorflow":
         if dampening is not None:
-            raise ValueError('dampening is for form="pytorch" without nesterov, as in PyTorch')
+            raise ValueError('sgd: dampening is for form="pytorch" without nesterov, as in PyTorch')
         return descend_inside(identity(), learning_rate, momentum, nesterov, weight_decay, where, decay, peak)
     direction = momentum_direction(momentum, nesterov, form=form, dampening=dampening)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)
@@ -168,7 +156,7 @@ def noisy_sgd(
 
     Memory: one key; 1 slot, 4 bytes per float32 parameter, with `decay="initial"`.
 
-    Differs from Optax in the random numbers alone: the variance has the same law.
+    Differs from Optax in the random numbers alone: the variance has the same law. So no oracle can tell its steps.
     """
     return descend(add_noise(eta, gamma, key), learning_rate, weight_decay, where, decay=decay, peak=peak)
 
@@ -179,27 +167,25 @@ class MomentumState(NamedTuple):
     v: Any  # like θ, float32 or wider: decaying sum of −α g, which without Nesterov and decay is the last update
 
 
-def _momentum(g: Array, v: Array, *, learning_rate: Array, momentum: Array) -> tuple[Array, tuple[Array]]:
+def _momentum(
+    g: Array, v: Array, *, learning_rate: Array, momentum: Array, nesterov: bool
+) -> tuple[Array, tuple[Array]]:
     v = momentum * v - learning_rate * g
-    return v, (v,)
+    return momentum * v - learning_rate * g if nesterov else v, (v,)
 
 
-def _nesterov_momentum(g: Array, v: Array, *, learning_rate: Array, momentum: Array) -> tuple[Array, tuple[Array]]:
-    v = momentum * v - learning_rate * g
-    return momentum * v - learning_rate * g, (v,)
-
-
-@dataclass(frozen=True)
-class _Decayed:
-    """A form of momentum, and decoupled decay, which does not enter the velocity."""
-
-    leaf: Callable[..., tuple[Array, tuple[Array]]]
-
-    def __call__(
-        self, g: Array, v: Array, *, p: Array, learning_rate: Array, momentum: Array, weight_decay: Array | None
-    ) -> tuple[Array, tuple[Array]]:
-        u, slots = self.leaf(g, v, learning_rate=learning_rate, momentum=momentum)
-        return u if weight_decay is None else u - learning_rate * weight_decay * p, slots
+def _decayed_momentum(
+    g: Array,
+    v: Array,
+    *,
+    p: Array,
+    learning_rate: Array,
+    momentum: Array,
+    weight_decay: Array | None,
+    nesterov: bool,
+) -> tuple[Array, tuple[Array]]:
+    u, slots = _momentum(g, v, learning_rate=learning_rate, momentum=momentum, nesterov=nesterov)
+    return u if weight_decay is None else u - learning_rate * weight_decay * p, slots
 
 
 def descend_inside(
@@ -219,34 +205,51 @@ def descend_inside(
     """
     if decay not in ("decoupled", "l2") or peak is not None:
         raise ValueError(
-            'form="tensorflow" has decay="decoupled" and decay="l2" alone, without peak; '
+            'sgd and rmsprop: form="tensorflow" has decay="decoupled" and decay="l2" alone, without peak; '
             "other forms of decay need a velocity without the rate"
         )
-    leaf = _nesterov_momentum if nesterov else _momentum
-    hyper: dict[str, Any] = {"learning_rate": learning_rate, "momentum": momentum}
-    if decay == "l2":
-        if weight_decay is None:
-            raise ValueError('decay="l2" needs weight_decay=...')
-        return chain(l2(weight_decay, where), direction, leafwise(leaf, MomentumState, place="end", **hyper))
-    if weight_decay is None:
-        return chain(direction, leafwise(leaf, MomentumState, place="end", **hyper))
-    hyper |= {"weight_decay": weight_decay}
-    return chain(
-        direction,
-        leafwise(_Decayed(leaf), MomentumState, place="end", where={"weight_decay": where}, **hyper),
+    if decay == "l2" and weight_decay is None:
+        raise ValueError('sgd and rmsprop: decay="l2" needs weight_decay=..., such as 0.1')
+    static = {"nesterov": bool(nesterov)}
+    if decay == "l2" or weight_decay is None:
+        in_front = [] if weight_decay is None else [l2(weight_decay, where)]
+        end = leafwise(
+            _momentum, MomentumState, place="end", static=static, learning_rate=learning_rate, momentum=momentum
+        )
+        return chain(*in_front, direction, end)
+    end = leafwise(
+        _decayed_momentum,
+        MomentumState,
+        place="end",
+        static=static,
+        where={"weight_decay": where},
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
     )
+    return chain(direction, end)
 
 
 @constructor
 def momentum(learning_rate: float | Schedule, momentum: float | Schedule = 0.9) -> Rule:
-    """Gradient descent with momentum in the documented form, where the velocity contains the rate.
+    """Gradient descent with momentum (Polyak 1964) whose velocity contains the rate, as in the class `Momentum`.
 
         v ← μ v − α g          θ ← θ + v
 
     A new α acts on new gradients alone; what is in v keeps the rate it came in with, as in TensorFlow.
 
+    It needs no oracle of its own: `sgd(learning_rate, momentum, form="tensorflow")` gives the same numbers, and has
+    one.
+
     Memory: 1 slot, 4 bytes per float32 parameter.
 
     Differs from `sgd(learning_rate, momentum)`, PyTorch and Optax, where a new α acts on the whole velocity.
     """
-    return leafwise(_momentum, MomentumState, place="end", learning_rate=learning_rate, momentum=momentum)
+    return leafwise(
+        _momentum,
+        MomentumState,
+        place="end",
+        static={"nesterov": False},
+        learning_rate=learning_rate,
+        momentum=momentum,
+    )

@@ -66,9 +66,10 @@ def signum(
 
         m ← β m + (1 − β) g          θ ← θ − α sign(m)
 
-    sign(0) = 0; of complex numbers m / |m|. `weight_decay`, `where`, `decay` and `peak` are those of `descend`; the
-    paper's implementation decays as "decoupled" does.
+    sign(0) = 0; of complex numbers m / |m|. `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
     Memory: 1 slot, 4 bytes per float32 parameter; 2 slots, 8 bytes, with `decay="initial"`.
+
+    Differs from Optax in keywords: there is no `accumulator_dtype`.
     """
     return descend(signum_direction(beta), learning_rate, weight_decay, where, decay=decay, peak=peak)

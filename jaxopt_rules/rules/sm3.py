@@ -3,6 +3,7 @@
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -39,7 +40,8 @@ def _accumulators(p: Any) -> tuple[Array, ...]:
 
 
 def _sm3(g: Array, mu: tuple[Array, ...], *, eps: Array) -> tuple[Array, tuple[tuple[Array, ...]]]:
-    nu = reduce(jnp.minimum, mu) + abs2(g)
+    # Its leaves: what `nnx.Optimizer` brings back is no tuple.
+    nu = reduce(jnp.minimum, jax.tree.leaves(mu)) + abs2(g)
     mu = tuple(jnp.max(nu, axes, keepdims=True, initial=0) for axes in _cover(g.ndim))
     return quotient(g, sqrt(nu + eps), otherwise=0), (mu,)
 
@@ -78,12 +80,13 @@ def sm3(
         m ← m + (1 − β)(g / √(ν + ε) − m)          θ ← θ − α m          0 / 0 = 0
 
     β is `momentum`; with `None`, m = g / √(ν + ε). For vectors and scalars it is Adagrad. ν never falls below the sum
-    of |g|², so that steps shrink for ever: the paper warms the rate up, and does not lower it.
+    of |g|², so that steps shrink for ever: the paper warms the rate up, and does not lower it. As in the authors' code
+    the momentum is the running mean of the scaled gradients, not corrected for its start at 0. `weight_decay`, `where`,
+    `decay` and `peak` are those of `descend`.
 
     Memory: for an array of m rows and n columns 4 (m + n) bytes, of more axes 4 bytes for each index of each; with
-    momentum 4 bytes per float32 parameter besides. During the update XLA keeps ν.
-
-    As in the authors' code the momentum is the running mean of the scaled gradients, not corrected for its start at 0.
+    momentum 1 slot, 4 bytes per float32 parameter, besides; 1 more with `decay="initial"`. During the update XLA keeps
+    ν.
 
     Differs from Optax, which has ε = 1e-8 and no schedules, scalars or complex numbers; from pytorch_optimizer, which
     has ε = 1e-30 and no momentum by default.

@@ -107,12 +107,13 @@ def stable_adamw(
         d = (m / (√v + ε) + λ θ) / c          θ ← θ − α d
 
     A gradient that is larger than those that v has seen makes a smaller step, which does the work of clipping
-    gradients. Decay is "inside": c divides it, too. Any other form that `decay` names acts on θ as `step` describes it,
-    or with "l2" on the gradient.
+    gradients. `weight_decay`, `where`, `decay` and `peak` are those of `descend`. By default decay is "inside", as
+    above: c divides it, too.
 
-    Memory: 2 slots, 8 bytes per float32 parameter. XLA keeps the terms of the rms of each array.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps the terms of
+    the rms of each array.
 
-    Agrees with optimi and pytorch_optimizer, whose ε is 1e-8.
+    Differs from pytorch_optimizer in the default ε (1e-8 there, 1e-6 here and in optimi).
     """
     if decay != "inside":
         direction = stable_adamw_direction(b1, b2, eps)

@@ -22,6 +22,14 @@ class YogiState(NamedTuple):
     v: Any  # like θ, float32 or wider, real: follows |g|²
 
 
+def _filled(p: Any, initial_accumulator_value: float) -> Array:
+    return jnp.full_like(p, initial_accumulator_value, widened(p.dtype))
+
+
+def _filled_real(p: Any, initial_accumulator_value: float) -> Array:
+    return jnp.full_like(p, initial_accumulator_value, real(widened(p.dtype)))
+
+
 def _yogi(
     g: Array,
     m: Array,
@@ -52,20 +60,13 @@ def yogi_direction(
 ) -> Rule:
     """The direction d of `yogi`, before any learning rate, for chains of your own."""
     if callable(initial_accumulator_value):
-        raise TypeError("initial_accumulator_value is read when init runs, and cannot be a schedule")
+        raise TypeError("yogi: initial_accumulator_value is read when init runs, and cannot be a schedule")
     check("initial_accumulator_value", initial_accumulator_value)
-
-    def wide(p: Any) -> Array:
-        return jnp.full_like(p, initial_accumulator_value, widened(p.dtype))
-
-    def wide_real(p: Any) -> Array:
-        return jnp.full_like(p, initial_accumulator_value, real(widened(p.dtype)))
-
     return leafwise(
         _yogi,
         YogiState,
-        slots={"m": wide, "v": wide_real},
-        static={"debias": bool(debias)},
+        slots={"m": _filled, "v": _filled_real},
+        static={"debias": bool(debias), "initial_accumulator_value": initial_accumulator_value},
         b1=b1,
         b2=b2,
         eps=eps,
@@ -92,7 +93,8 @@ def yogi(
         d = m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε)
         θ ← θ − α (d + λ θ)
 
-    m and v begin at `initial_accumulator_value`, as in Optax; a state keeps what it began with.
+    m and v begin at `initial_accumulator_value`, as in Optax; a state keeps what it began with. `weight_decay`,
+    `where`, `decay` and `peak` are those of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 

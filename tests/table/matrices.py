@@ -49,8 +49,8 @@ ROWS = [
         laws=False,
     ),
     Row(
-        "muon_torch",
-        lambda: beside(jr.muon_torch(0.01, nesterov=False), jr.adamw(0.01)),
+        "muon_pytorch",
+        lambda: beside(jr.muon_pytorch(0.01, nesterov=False), jr.adamw(0.01)),
         lambda: muon_reference(0.01, 0.1, nesterov=False, placement="max"),
         "beta",
         0.01,
