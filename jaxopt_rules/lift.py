@@ -510,7 +510,7 @@ def treewise(
     function: Callable[..., Any],
     State: type,
     *,
-    slots: Mapping[str, Callable[[Any], Any]] | None = None,
+    slots: Mapping[str, Callable[..., Any]] | None = None,
     shared: Mapping[str, Any] | None = None,
     where: Mapping[str, Selector | None] | None = None,
     static: Mapping[str, Any] | None = None,

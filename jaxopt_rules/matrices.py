@@ -149,12 +149,9 @@ def viewed(
     Raises:
       TypeError: `views` is none.
     """
-    pairs = (
-        []
-        if views is None or isinstance(views, MatrixView)
-        else list(views.items() if isinstance(views, Mapping) else views)
-    )
-    for pair in pairs:
+    known = [] if views is None or isinstance(views, MatrixView) else views
+    pairs: Any = list(known.items()) if isinstance(known, Mapping) else known
+    for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], MatrixView)):
             raise TypeError(f"{owner}: views are a MatrixView, or one for each selector, not {views!r}")
         check_selector(pair[0], f"{owner}: views")

@@ -54,8 +54,13 @@ def _(primals, tangents):
 
 
 def ema(mean: Array, x: Array, one_minus_b: Array) -> Array:
-    """m ← m + (1 − b)(x − m), the running mean with decay rate b."""
-    return mean + one_minus_b * (x - mean)
+    """m ← m + (1 − b)(x − m), the running mean with decay rate b.
+
+    A real mean that is ∞ stays ∞, without the NaN of ∞ − ∞: the square of one finite gradient may be too large for v,
+    which then stops its element, as where the mean is written b m + (1 − b) x.
+    """
+    held = mean if jnp.iscomplexobj(mean) else jnp.minimum(mean, jnp.finfo(jnp.result_type(mean)).max)
+    return mean + one_minus_b * (x - held)
 
 
 def debias(mean: Array, one_minus_b: Array, t: Array) -> Array:
@@ -83,13 +88,15 @@ def over_root(m: Array, v: Array, eps: Array, where: Epsilon, correction: ArrayL
     outside   m / (√(v / c) + ε)     Kingma & Ba, Algorithm 1; PyTorch, Optax
     hat       √c m / (√v + ε)        the same authors, end of section 2; Keras, TensorFlow
     inside    m / √(v / c + ε)       Optax's `eps_root`, TensorFlow's RMSProp
-    max       m / max(√(v / c), ε)   HeavyBall, ADOPT; 0 / 0 is 0
+    max       m / max(√(v / c), ε)   HeavyBall, ADOPT
+
+    0 / 0, of a zero gradient without ε, is 0.
     """
     if where == "hat":
-        return sqrt(jnp.asarray(correction, v.dtype)) * m / (sqrt(v) + eps)
+        return quotient(sqrt(jnp.asarray(correction, jnp.result_type(v))) * m, sqrt(v) + eps, otherwise=0)
     v = v / correction
     if where == "outside":
-        return m / (sqrt(v) + eps)
+        return quotient(m, sqrt(v) + eps, otherwise=0)
     if where == "inside":
         return quotient(m, sqrt(v + eps), otherwise=0)
     return quotient(m, jnp.maximum(sqrt(v), eps), otherwise=0)

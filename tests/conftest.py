@@ -1,6 +1,7 @@
 """Two modes: 32-bit, the default, and 64-bit, which needs a process of its own (see test_x64.py).
 
-Tests marked `x64` run in the second alone, all others in the first alone.
+Tests marked `x64` run in the second alone, all others in the first alone. Those marked `thorough` take long for what
+they add, and run where `-m thorough` asks for them, which CI does in both modes.
 """
 
 import os
@@ -68,6 +69,12 @@ def stepped(rule: jr.Rule, params: Any, state: Any, grads: Any, *, by_pair: bool
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wide = bool(jax.config.read("jax_enable_x64"))
-    chosen = [item for item in items if (item.get_closest_marker("x64") is not None) == wide]
+    asked_for = "thorough" in config.getoption("markexpr")
+    chosen = [
+        item
+        for item in items
+        if (item.get_closest_marker("x64") is not None) == wide
+        and (asked_for or item.get_closest_marker("thorough") is None)
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen

@@ -101,6 +101,18 @@ def test_zero_gradients_make_no_nan_behind_the_silent_updates(rule):
     assert slope == 0
 
 
+@pytest.mark.parametrize("make", [jr.adam, jr.amsgrad, jr.nadam, jr.adabelief], ids=lambda f: f.__name__)
+def test_a_gradient_whose_square_overflows_stops_its_element_alone(make):
+    """As in Optax and PyTorch: v is ∞ from then on, and not NaN."""
+    spiked, usual, rule = {"w": jnp.array([1e20, 0.2])}, {"w": jnp.array([0.1, 0.2])}, make()
+    state = rule.init(spiked)
+    for g in [spiked, usual, usual]:
+        updates, state = rule.update(g, state)
+    assert updates["w"][0] == 0
+    assert np.isfinite(updates["w"][1])
+    assert updates["w"][1] != 0
+
+
 @pytest.mark.x64
 def test_the_slope_of_radam_by_b2_is_that_of_finite_differences():
     rule = jr.radam_direction()
@@ -137,7 +149,7 @@ def test_amsgrad_remembers_the_largest_moment():
 
 def test_the_accumulators_of_yogi_begin_where_they_are_told_to():
     params = {"w": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
-    state = jr.yogi_direction(initial_accumulator_value=0.5).init(params)
+    state = jr.yogi_direction(initial_accumulator_value=jnp.float32(0.5)).init(params)
     assert {key: (x.dtype, *x.tolist()) for key, x in state.m.items()} == {
         "w": (jnp.float32, 0.5, 0.5),
         "z": (jnp.complex64, 0.5, 0.5),
@@ -172,6 +184,11 @@ def test_the_accumulators_of_yogi_begin_where_they_are_told_to():
             lambda: jr.yogi(initial_accumulator_value=jr.Constant(1.0)),
             TypeError,
             "initial_accumulator_value is read when init runs, and cannot be a schedule",
+        ),
+        (
+            lambda: jax.jit(lambda x: jr.yogi(initial_accumulator_value=x).init(jnp.ones(1)))(1.0),
+            TypeError,
+            "cannot be a schedule or traced",
         ),
     ],
 )

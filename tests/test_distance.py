@@ -109,6 +109,18 @@ def test_slices_make_small_slots():
     assert (state.m["w"].shape, state.v["w"].shape) == ((4, 3), (4, 3))
 
 
+def test_slices_of_an_array_on_a_mesh_stay_where_they_are_born():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    over_x = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    rule, params = jr.prodigy(slice_p=3), {"w": jax.device_put(jnp.ones((4, 6)), over_x)}
+    step = jax.jit(lambda params, state: rule.apply(params, state, params))
+    state = rule.init(params)
+    _, after = step(params, state)
+    for slot in ("s", "start"):
+        born, now = getattr(state, slot)["w"], getattr(after, slot)["w"]
+        assert now.sharding.is_equivalent_to(born.sharding, 1)
+
+
 def test_a_first_rate_holds_until_something_has_moved():
     rule = jr.dog(lambda count: jnp.where(count < 2, 0.0, 1.0), init_eta=0.25)
     (params, state), grads = (START, rule.init(START)), jax.grad(loss)(START)

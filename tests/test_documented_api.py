@@ -41,7 +41,14 @@ def close(actual, expected, tolerance):
     np.testing.assert_allclose(np.asarray(actual).ravel(), np.ravel(expected), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("rule", "name"), TRAJECTORIES, ids=[name for _, name in TRAJECTORIES])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """A sparse trajectory compiles a program for each pattern of missing gradients: one of a rule is enough often."""
+    return [pytest.mark.thorough] if name.endswith("sparse") and "wd_clip" not in name else []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [pytest.param(rule, name, id=name, marks=marks(name)) for rule, name in TRAJECTORIES]
+)
 @both_precisions
 def test_trajectory(rule, name, dtype, tolerance):
     case = next(case for case in load(f"trajectory_{rule}")["cases"] if case["name"] == name)

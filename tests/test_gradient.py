@@ -56,6 +56,7 @@ def trained(rule, grads, params=PARAMS):
         (lambda: jr.rmsprop(0.1, eps_placement="in"), ValueError, "eps_placement is"),
         (lambda: jr.rmsprop(0.1, initial_scale=-1.0), ValueError, "initial_scale must be at least 0"),
         (lambda: jr.rmsprop(0.1, initial_scale=jr.Constant(1.0)), TypeError, "initial_scale is a number"),
+        (lambda: jax.jit(lambda x: jr.rmsprop(0.1, initial_scale=x).init(PARAMS))(1.0), TypeError, "and not traced"),
         (lambda: jr.rprop(0.1, eta_plus=-1.0), ValueError, "eta_plus must be at least 0"),
         (lambda: jr.rprop(0.1, eta_minus=-1.0), ValueError, "eta_minus must be at least 0"),
         (lambda: jr.rprop(0.1, min_step_size=-1.0), ValueError, "min_step_size must be at least 0"),
@@ -165,7 +166,7 @@ def test_what_rmsprop_is_born_with_is_no_hyperparameter():
     state = jr.rmsprop(0.1, initial_scale=1.0).init(PARAMS)
     assert jr.hyperparams(state).keys() == {"learning_rate", "rho", "eps"}
     assert all((x == 1).all() for x in jax.tree.leaves(state[0].v))
-    narrow = jr.rmsprop_direction(initial_scale=1.0).init({"w": jnp.ones(2, jnp.bfloat16)})
+    narrow = jr.rmsprop_direction(initial_scale=jnp.float32(1)).init({"w": jnp.ones(2, jnp.bfloat16)})
     assert narrow.v["w"].dtype == jnp.float32
 
 

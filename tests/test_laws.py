@@ -31,7 +31,8 @@ def over(table: list[Row], both: bool = True) -> pytest.MarkDecorator:
     """Over these rows, in one or in both of the modes of conftest.py."""
     group = pytest.mark.xdist_group
     params = [pytest.param(row, id=row.name, marks=group(row.name)) for row in table]
-    wide = [pytest.param(row, id=f"{row.name}-x64", marks=(group(row.name), pytest.mark.x64)) for row in table]
+    marks = pytest.mark.x64, pytest.mark.thorough
+    wide = [pytest.param(row, id=f"{row.name}-x64", marks=(group(row.name), *marks)) for row in table]
     return pytest.mark.parametrize("row", params + wide if both else params)
 
 

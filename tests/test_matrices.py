@@ -101,6 +101,7 @@ def test_bfloat16_is_some_percent_away_and_keeps_the_precision_of_the_slot():
     assert rough.dtype == jnp.float32
     assert 1e-4 < float(jnp.abs(rough - fine).max()) < 2e-2
     assert jr.NewtonSchulz(dtype=jnp.bfloat16) == jr.NewtonSchulz(dtype="bfloat16")
+    assert hash(jr.NewtonSchulz(eps=jnp.zeros(()))) == hash(jr.NewtonSchulz(eps=0))
 
 
 def test_svd_leaves_out_what_is_zero():
@@ -282,6 +283,8 @@ def test_beta_may_be_scheduled_and_parameters_narrow():
         (lambda: jr.NewtonSchulz(eps=-1.0), ValueError, r"eps must be at least 0"),
         (lambda: jr.NewtonSchulz(eps_placement="hat"), ValueError, r"\"outside\" or \"max\", not 'hat'"),
         (lambda: jr.NewtonSchulz(safety=0.0), ValueError, r"safety must be greater than 0"),
+        (lambda: jr.NewtonSchulz(safety=np.nan), ValueError, r"safety must be greater than 0"),
+        (lambda: jr.NewtonSchulz(eps=np.nan), ValueError, r"eps must be at least 0, not nan"),
     ],
 )
 def test_a_wrong_choice_is_refused_where_it_is_made(make, error, text):

@@ -146,7 +146,7 @@ def test_leaves_without_a_view_of_theirs_are_refused(views, names, text):
         views_of(views, names)
 
 
-@pytest.mark.parametrize("views", ["w", [MatrixView()], {"w": 3}], ids=repr)
+@pytest.mark.parametrize("views", ["w", 3, [MatrixView()], {"w": 3}], ids=repr)
 def test_what_says_no_views_is_refused(views):
     with pytest.raises(TypeError, match="views are a MatrixView, or one for each selector"):
         viewed(views, "muon")

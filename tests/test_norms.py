@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxopt_rules as jr
-from jaxopt_rules.rules.novograd import NovoGradState
+from jaxopt_rules.rules.novograd import NovogradState
 
 PARAMS = {"w": jnp.array([[3.0, 4.0]]), "b": jnp.array([6.0, 8.0])}
 GRADS = {"w": jnp.array([[0.6, 0.8]]), "b": jnp.array([0.3, 0.4])}
@@ -78,7 +78,7 @@ def test_lars_names_its_choices():
 def test_novograd_keeps_a_number_for_each_array():
     rule = jr.novograd(0.1)
     params = {"w": jnp.ones((100, 100)), "s": jnp.ones((), jnp.bfloat16), "c": jnp.ones(3, jnp.complex64)}
-    state = jr.find(rule.init(params), NovoGradState)
+    state = jr.find(rule.init(params), NovogradState)
     assert {key: (v.shape, v.dtype) for key, v in state.v.items()} == dict.fromkeys(params, ((), jnp.float32))
 
 

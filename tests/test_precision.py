@@ -56,3 +56,47 @@ def test_direction_and_update(name, b2, form, dtype, tolerance, first):
     assert error[0].max() <= first
     # The rate itself is rounded once, to 6e-8 in float32.
     assert (np.abs(np.asarray(us, np.float64) + 3e-4 * expected) / scale).max() <= 3e-4 * tolerance
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        jr.adabelief(0.1, eps=0, eps_root=0),
+        jr.adadelta(eps=0),
+        jr.adafactor(eps=0),
+        jr.adagrad(0.1, 0, 0),
+        jr.adagrad(0.1, 0, 0, eps_placement="outside"),
+        *(jr.adam(0.1, eps=0, eps_placement=where) for where in ("outside", "hat", "inside", "max")),
+        jr.adamw(0.1, eps=0, bias_correction="step"),
+        jr.adamax(0.1, eps=0),
+        jr.adan(0.1, eps=0),
+        jr.ademamix(0.1, eps=0),
+        jr.adopt(0.1, eps=0),
+        jr.amsgrad(0.1, eps=0),
+        jr.lamb(0.1, eps=0),
+        jr.nadam(0.1, eps=0),
+        jr.nadamw(0.1, eps=0),
+        jr.novograd(0.1, eps=0),
+        jr.prodigy(eps=0),
+        jr.radam(0.1, eps=0),
+        jr.rmsprop(0.1, eps=0, eps_placement="outside"),
+        jr.schedule_free_adamw(eps=0),
+        jr.sm3(0.1),
+        jr.stable_adamw(0.1, eps=0),
+        jr.yogi(0.1, eps=0, initial_accumulator_value=0),
+    ],
+    ids=repr,
+)
+def test_without_epsilon_a_zero_gradient_makes_no_nan(rule):
+    """Neither 0 / 0, nor ∞ in a derivative that is taken through the update."""
+    params = {"w": jnp.zeros((3, 2)), "b": jnp.ones(2)}
+
+    def moved(rate):
+        state = rule.init(params)
+        state = jr.set_hyperparams(state, learning_rate=rate) if "learning_rate" in jr.hyperparams(state) else state
+        new, _ = rule.apply(jax.tree.map(jnp.zeros_like, params), state, params)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(new))
+
+    value, slope = jax.value_and_grad(moved)(0.1)
+    assert np.isfinite(value)
+    assert np.isfinite(slope)

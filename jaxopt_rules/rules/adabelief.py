@@ -7,7 +7,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, sqrt
+from jaxopt_rules.numerics import abs2, debias, ema, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.rules.radam import rectified
 from jaxopt_rules.schedules import Schedule
@@ -40,7 +40,7 @@ def _adabelief(
     if rectify:
         d = rectified(m_hat, s, eps, "hat", "sgd", t=t, one_minus_b2=one_minus_b2, threshold=5)
     else:
-        d = m_hat / (sqrt(debias(s, one_minus_b2, t)) + eps)
+        d = over_root(m_hat, debias(s, one_minus_b2, t), eps, "outside")
     return d, (m, s)
 
 
@@ -93,8 +93,8 @@ def adabelief(
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
-    Differs from the authors' code in `rectify` (on there, off here, in the paper and in Optax); from
-    Optax in keywords: there is no `nesterov`.
+    Differs from the authors' code in `rectify` (on there, off here, in the paper and in Optax); from Optax in keywords:
+    there is no `nesterov`.
     """
     direction = adabelief_direction(b1, b2, eps, eps_root, rectify=rectify)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -276,10 +276,10 @@ def adafactor(
     Raises:
       ValueError: a choice is none; `relative_step=False` without a rate; when used, a view does not fit.
 
-    Differs from Optax where there is no `learning_rate`: there α is 1, with neither a bound nor 1 / √t; where
-    t ≤ t₀, which is NaN there; in β̂₂, which Optax computes in float32; and in keywords: `weight_decay_rate` is
-    `weight_decay` with `decay="fixed"`, `weight_decay_mask` is `where`, and there is no `dtype_momentum`. From timm's, which factors by other sizes and axes, and multiplies by the
-    parameter scale under the relative step alone.
+    Differs from Optax where there is no `learning_rate`: there α is 1, with neither a bound nor 1 / √t; where t ≤ t₀,
+    which is NaN there; in β̂₂, which Optax computes in float32; and in keywords: `weight_decay_rate` is `weight_decay`
+    with `decay="fixed"`, `weight_decay_mask` is `where`, and there is no `dtype_momentum`. From timm's, which factors
+    by other sizes and axes, and multiplies by the parameter scale under the relative step alone.
     """
     if decay not in ("decoupled", "scaled", "fixed"):
         raise ValueError(
@@ -323,7 +323,7 @@ def adafactor_pytorch(
     weight_decay: float | Schedule | None = None,
     where: Selector | None = None,
 ) -> Rule:
-    """`adafactor` as `torch.optim.Adafactor` has it.
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as `torch.optim.Adafactor` has it.
 
         θ ← θ − min(α, 1 / √t) max(ε₂, rms(θ)) U − α λ θ          V̂ = R C / max(mean(R), ε₁), U = g / max(√V̂, ε₁)
 
@@ -368,7 +368,7 @@ def adafactor_transformers(
     weight_decay: float | Schedule | None = None,
     where: Selector | None = None,
 ) -> Rule:
-    """`adafactor` as transformers and fairseq have it.
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as transformers and fairseq have it.
 
         m ← β₁ m + (1 − β₁) α_t U          θ ← θ − m − α_t λ θ          α_t = ρ max(ε₂, rms(θ))
 

@@ -32,7 +32,7 @@ def _adam(
     one_minus_b1: Array,
     one_minus_b2: Array,
     eps: Array,
-    eps_placement: Epsilon,
+    eps_placement: Epsilon = "outside",
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
     v = ema(v, abs2(g), one_minus_b2)
@@ -53,7 +53,7 @@ def _adam_step(
     one_minus_b1: Array,
     one_minus_b2: Array,
     eps: Array,
-    eps_placement: Epsilon,
+    eps_placement: Epsilon = "outside",
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
     v = ema(v, abs2(g), one_minus_b2)
@@ -145,7 +145,8 @@ def adam(
     Differs from Optax in keywords: `eps_root` with `eps=0` is `eps_placement="inside"`, `nesterov=True` is
     `nadamw(weight_decay=None)`, and there is no `mu_dtype`: slots are float32 for narrower parameters, too. And in
     float32, where 1 − β and 1 − βᵗ keep their digits (Optax's direction is off by up to 1e-5 with the default betas).
-    From PyTorch in keywords: its `weight_decay` is `adamw(decay="l2")`, its `amsgrad` `amsgrad(maximum_of="uncorrected")`.
+    From PyTorch in keywords: its `weight_decay` is `adamw(decay="l2")`, its `amsgrad`
+    `amsgrad(maximum_of="uncorrected")`.
     """
     direction = adam_direction(b1, b2, eps, bias_correction=bias_correction, eps_placement=eps_placement)
     return chain(direction, step(learning_rate))
@@ -184,7 +185,8 @@ def adamw(
       ValueError: `bias_correction` or `eps_placement` is unknown, "step" has another form of decay, or as `descend`.
 
     Differs from the paper, whose decay is not multiplied by α (`decay="independent"` is the paper's); from Optax in the
-    default λ (1e-4 there, 0.01 here and in PyTorch), and in keywords: `mask` is `where`, and the others are as in `adam`.
+    default λ (1e-4 there, 0.01 here and in PyTorch), and in keywords: `mask` is `where`, and the others are as in
+    `adam`.
     """
     _check_bias_correction(bias_correction)
     check_epsilon(eps_placement)

@@ -74,7 +74,7 @@ def adamaxw(
     decay: Decay | Literal["l2"] = "decoupled",
     peak: float | Schedule | None = None,
 ) -> Rule:
-    """Adamax with decoupled weight decay by default (Loshchilov & Hutter 2019, arXiv:1711.05101), as Optax has it.
+    """Adamax with decoupled weight decay by default (Loshchilov & Hutter 2019, arXiv:1711.05101), as in Optax.
 
         θ ← θ − α (d + λ θ)          d as in `adamax`
 

@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, sqrt
+from jaxopt_rules.numerics import abs2, debias, ema, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -42,7 +42,7 @@ def _adan(
     v = ema(v, difference, one_minus_b2)
     n = ema(n, abs2(g + b2 * difference), one_minus_b3)
     d = debias(m, one_minus_b1, t) + b2 * debias(v, one_minus_b2, t)
-    return d / (sqrt(debias(n, one_minus_b3, t)) + eps), (m, v, n, g)
+    return over_root(d, debias(n, one_minus_b3, t), eps, "outside"), (m, v, n, g)
 
 
 @constructor
@@ -88,7 +88,8 @@ def adan(
 
     Differs from the paper as the authors' code does: the means begin at 0 and are corrected for it, and nothing is
     restarted. From Optax, which has 1 − β₂ in place of both factors β₂ (its β₂ is 0.92, too; the two agree at 0.5
-    alone), a second ε of 1e-8 under the root, `eps_root`, and decoupled decay, whose `mask` is `where`.
+    alone), a second ε of 1e-8 under the root, `eps_root`, and decoupled decay, whose `mask` is `where`. From the
+    authors' code for a parameter without a gradient in the first update: Δ of the first that it has later is g, not 0.
     """
     if weight_decay is None and decay == "proximal":
         decay = "decoupled"  # of nothing

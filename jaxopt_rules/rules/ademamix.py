@@ -8,13 +8,13 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, sqrt
+from jaxopt_rules.numerics import abs2, debias, ema, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
 
-class AdEMAMixState(NamedTuple):
+class AdemamixState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_b1, one_minus_b2, one_minus_b3, alpha, eps; warmup where there is one
     m1: Any  # like θ, float32 or wider: fast running mean of g
@@ -45,7 +45,7 @@ def _ademamix(
     m1 = ema(m1, g, one_minus_b1)
     m2 = ema(m2, g, one_minus_b3)
     v = ema(v, abs2(g), one_minus_b2)
-    d = (debias(m1, one_minus_b1, t) + alpha * m2) / (sqrt(debias(v, one_minus_b2, t)) + eps)
+    d = over_root(debias(m1, one_minus_b1, t) + alpha * m2, debias(v, one_minus_b2, t), eps, "outside")
     return d, (m1, m2, v)
 
 
@@ -62,7 +62,7 @@ def ademamix_direction(
     """The direction d of `ademamix`, before any learning rate, for chains of your own."""
     return leafwise(
         _ademamix,
-        AdEMAMixState,
+        AdemamixState,
         slots={"v": real_zeros},
         b1=b1,
         b2=b2,
@@ -106,9 +106,9 @@ def ademamix(
 
     Memory: 3 slots, 12 bytes per float32 parameter; 4 slots, 16 bytes, with `decay="initial"`.
 
-    Differs from the authors' code in the schedule of β₃, where that adds 1e-8 to β: its last values before T are off
-    by 1e-4 of 1 − β₃; and in the default a, 2 in the authors' PyTorch code, 5 in their Optax code, in Optax and here.
-    From Optax in keywords: `mask` is `where`, and there are no `eps_root` and `mu_dtype`.
+    Differs from the authors' code in the schedule of β₃, where that adds 1e-8 to β: its last values before T are off by
+    1e-4 of 1 − β₃; and in the default a, 2 in the authors' PyTorch code, 5 in their Optax code, in Optax and here. From
+    Optax in keywords: `mask` is `where`, and there are no `eps_root` and `mu_dtype`.
     """
     direction = ademamix_direction(b1, b2, b3, alpha, eps, warmup=warmup)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -87,15 +87,15 @@ def adopt(
         θ ← θ − α (d + λ θ)
 
     κ is `clip_exponent`; with `None` nothing is clipped, and elements whose first gradient was near 0 make large steps
-    until v knows better. The first update measures v alone. `weight_decay`, `where`, `decay` and `peak` are those of
-    `descend`.
+    until v knows better; so do parameters without a gradient in the first update, which measures v alone.
+    `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA copies v, whose old
     value makes the update.
 
-    Differs from torch-adopt and timm in that decoupled decay acts in the first update, too, and from timm in
-    the default κ (0.333 there). From Optax in keywords: `use_clipping=False` is `clip_exponent=None`, other powers of
-    t − 1 than `clip_exponent` gives have no `clip_value_fn`, and there are no `nesterov` and `mu_dtype`.
+    Differs from torch-adopt and timm in that decoupled decay acts in the first update, too, and from timm in the
+    default κ (0.333 there). From Optax in keywords: `use_clipping=False` is `clip_exponent=None`, the bounds of
+    `clip_value_fn` are powers alone, and there are no `nesterov` and `mu_dtype`.
     """
     direction = adopt_direction(b1, b2, eps, clip_exponent=clip_exponent)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

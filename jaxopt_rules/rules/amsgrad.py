@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, sqrt
+from jaxopt_rules.numerics import abs2, debias, ema, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -43,7 +43,7 @@ def _amsgrad(
     else:
         v_max = jnp.maximum(v_max, v)
         v_hat = debias(v_max, one_minus_b2, t)
-    return debias(m, one_minus_b1, t) / (sqrt(v_hat) + eps), (m, v, v_max)
+    return over_root(debias(m, one_minus_b1, t), v_hat, eps, "outside"), (m, v, v_max)
 
 
 @constructor

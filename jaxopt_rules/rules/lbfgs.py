@@ -195,14 +195,14 @@ def lbfgs(
 
     Memory: 2 m + 2 slots (3 with a search), 88 (92) bytes per float32 parameter.
 
-    Differs from Optax, which keeps every pair, of whatever curvature; from PyTorch, which shortens the first step
-    alone, not those after it that have no pair either, and takes s from η d, not from the parameters. The strong Wolfe
-    search is PyTorch's.
-
     Raises:
       ValueError: `memory_size` is less than 1, a choice is unknown, or a learning rate or `has_aux` stands beside a
         search that has its own.
       TypeError: `linesearch` is no rule; in `update`, as `strong_wolfe`.
+
+    Differs from Optax, which keeps every pair, of whatever curvature, and whose default search is its zoom; from
+    PyTorch, which shortens the first step alone, not those after it that have no pair either, and takes s from η d, not
+    from the parameters. The strong Wolfe search is PyTorch's.
     """
     direction = lbfgs_direction(memory_size, scale_init_precond, first=first, min_curvature=min_curvature, skip=skip)
     rate = 1.0 if learning_rate is None else learning_rate

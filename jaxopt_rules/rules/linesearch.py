@@ -277,12 +277,12 @@ def backtracking(
 
     Memory: 1 slot, 4 bytes per float32 parameter.
 
-    Differs from Optax's `scale_by_backtracking_linesearch`, which takes its last trial where none is good enough,
-    begins its first search with min(b, η_max), and has more tolerances. PyTorch has no such search.
-
     Raises:
       ValueError: a hyperparameter is out of range.
       TypeError: in `update`, the parameters or `value_fn` are missing, or that gives no real scalar.
+
+    Differs from Optax's `scale_by_backtracking_linesearch`, which takes its last trial where none is good enough,
+    begins its first search with min(b, η_max), and has more tolerances. PyTorch has no such search.
     """
     _check_steps("max_backtracking_steps", max_backtracking_steps)
     return lift(
@@ -491,13 +491,13 @@ def strong_wolfe(
 
     Memory: 1 slot, 4 bytes per float32 parameter.
 
-    Differs from PyTorch's, of which this is the algorithm (Schmidt's minFunc), in what is not finite, and in the
-    number of trials, which is `max_ls` + 1 there; from Optax's zoom, whose next length is at first the doubled one, and
-    which also interpolates by parabolas.
-
     Raises:
       ValueError: a hyperparameter is out of range, or c₁ ≥ c₂.
       TypeError: in `update`, the parameters or `value_fn` are missing, or that gives no real scalar.
+
+    Differs from PyTorch's, of which this is the algorithm (Schmidt's minFunc), in what is not finite, and in the
+    number of trials, which is `max_ls` + 1 there; from Optax's zoom, whose next length is at first the doubled one, and
+    which also interpolates by parabolas.
     """
     _check_steps("max_linesearch_steps", max_linesearch_steps)
     if isinstance(slope_rtol, int | float) and isinstance(curv_rtol, int | float) and slope_rtol >= curv_rtol:

@@ -87,7 +87,7 @@ def muon_direction(
     """The direction of `muon`, before any learning rate, for chains of your own."""
     if momentum not in _MOMENTA:
         raise ValueError(
-            f"muon: momentum is its form, {', '.join(map(repr, _MOMENTA))}, not {momentum!r}; the decay rate is beta"
+            f"muon: momentum is its form, {', '.join(map(repr, _MOMENTA))}, not {momentum!r}; its rate is beta"
         )
     if scale is not None and not callable(scale) and scale not in _SCALES:
         raise ValueError(
@@ -129,7 +129,7 @@ def muon(
         "debiased":  m as in "ema"             u = m / (1 − βᵗ),     (1 − β) g / (1 − βᵗ) + β m / (1 − βᵗ⁺¹)
 
         O = polar(u)                 by `polar`: U Vᵀ of u = U diag(σ) Vᵀ, or near it
-        θ ← θ − α s O                and decay as `step` describes it
+        θ ← θ − α (s O + λ θ)
 
         scale                s, for a matrix of `in` rows and `out` columns
         "original"           √max(1, out / in)            Keller Jordan, PyTorch, Optax
@@ -143,7 +143,7 @@ def muon(
 
     Here rows are inputs, as in Flax; elsewhere, and for convolutions, heads, fused or scanned matrices, `views` say
     which axes are what (`MatrixView`): one for all, or one for each selector. The matrices of a leaf are made
-    orthogonal one by one.
+    orthogonal one by one. `weight_decay`, `where`, `decay` and `peak` are those of `descend`.
 
     Args:
       learning_rate: α.

@@ -8,18 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import (
-    Epsilon,
-    abs2,
-    check_epsilon,
-    debias,
-    ema,
-    one_minus_power,
-    over_root,
-    real,
-    sqrt,
-    widened,
-)
+from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, debias, ema, one_minus_power, over_root, real, widened
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -30,7 +19,7 @@ class NadamState(NamedTuple):
     hyper: dict[str, Any]  # one_minus_b1, one_minus_b2, eps, momentum_decay
     m: Any  # like θ, float32 or wider: running mean of g
     v: Any  # like θ, float32 or wider, real: running mean of |g|²
-    product: Any  # () per parameter, float32 or wider: μ₁ μ₂ ⋯ μ_t, of the updates that it took part in
+    product: Any  # ()  per parameter, float32 or wider: μ₁ μ₂ ⋯ μ_t, of the updates that it took part in
 
 
 def _one(p: Any) -> Array:
@@ -60,7 +49,7 @@ def _nadam(
     product = b1 * (1 - lag(t)) * product
     mu_next = b1 * (1 - lag(t + 1))
     m_hat = mu_next / (1 - mu_next * product) * m + (one_minus_b1 + b1 * lag(t)) / (1 - product) * g
-    return m_hat / (sqrt(debias(v, one_minus_b2, t)) + eps), (m, v, product)
+    return over_root(m_hat, debias(v, one_minus_b2, t), eps, "outside"), (m, v, product)
 
 
 @constructor

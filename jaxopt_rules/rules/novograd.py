@@ -16,10 +16,10 @@ from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
 
-class NovoGradState(NamedTuple):
+class NovogradState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_b2, eps
-    v: Any  # () for each array, float32 or wider, real: running mean of ‖g‖², which begins with the first
+    v: Any  # ()  per parameter, float32 or wider, real: running mean of ‖g‖², which begins with the first
 
 
 def _novograd(g: Array, v: Array, *, one_minus_b2: Array, eps: Array) -> tuple[Array, tuple[Array]]:
@@ -33,7 +33,7 @@ def _scalar(p: Any) -> Array:
     return jnp.sum(real_zeros(p))
 
 
-class NovoGradMomentumState(NamedTuple):
+class NovogradMomentumState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_b1
     m: Any  # like θ, float32 or wider: decaying sum, or mean, of the normalized gradients
@@ -60,9 +60,9 @@ def novograd_direction(
     where: Selector | None = None,
 ) -> Rule:
     """The direction d of `novograd`, decay inside, before any learning rate, for chains of your own."""
-    normalized = leafwise(_novograd, NovoGradState, slots={"v": _scalar}, b2=b2, eps=eps)
+    normalized = leafwise(_novograd, NovogradState, slots={"v": _scalar}, b2=b2, eps=eps)
     decayed = [] if weight_decay is None else [added_decay(weight_decay, where)]
-    gathered = leafwise(_mean if grad_averaging else _sum, NovoGradMomentumState, b1=b1)
+    gathered = leafwise(_mean if grad_averaging else _sum, NovogradMomentumState, b1=b1)
     return chain(normalized, *decayed, gathered)
 
 

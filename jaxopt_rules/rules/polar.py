@@ -75,8 +75,7 @@ class NewtonSchulz:
         X ← G / (s ‖G‖_F + ε)          X ← a X + b (X Xᴴ) X + c (X Xᴴ)² X    for each (a, b, c)
 
     Each step maps every singular value σ to a σ + b σ³ + c σ⁵. Steps of a steep slope at 0 lift the small ones fast, at
-    the price of not meeting 1 exactly. What becomes of singular values that are between 0.01, or 0.001, and 1 in G /
-    ‖G‖:
+    the price of not meeting 1 exactly. What becomes of singular values of G / ‖G‖ between 0.01, or 0.001, and 1:
 
         coefficients             steps   from 0.01       from 0.001      slope at 0   as in
         "original"               5       0.682 - 1.134   0.471 - 1.202   485          Keller Jordan, PyTorch, Optax
@@ -137,11 +136,14 @@ class NewtonSchulz:
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"NewtonSchulz: dtype is a real floating-point type, not {dtype.name}")
             object.__setattr__(self, "dtype", dtype.name)
-        if self.eps < 0:
+        for name in ("eps", "safety"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))  # hashes, whatever it was
+        if not self.eps >= 0:
             raise ValueError(f"NewtonSchulz: eps must be at least 0, not {self.eps}")
         if self.eps_placement not in ("outside", "max"):
             raise ValueError(f'NewtonSchulz: eps_placement is "outside" or "max", not {self.eps_placement!r}')
-        if self.safety is not None and self.safety <= 0:
+        if self.safety is not None and not self.safety > 0:
             raise ValueError(f"NewtonSchulz: safety must be greater than 0, not {self.safety}")
 
     def __call__(self, g: Array) -> Array:
@@ -226,5 +228,5 @@ def solver(polar: str | Polar) -> Polar:
     if polar == "svd":
         return svd
     if polar not in _LISTS:
-        raise ValueError(f"no polar solver is named {polar!r}; {_NAMES} and 'svd'")
+        raise ValueError(f'no polar solver is named {polar!r}; {_NAMES} and "svd"')
     return NewtonSchulz(polar)

@@ -48,7 +48,7 @@ class _Step(_Polyak):
 
 def _positive(variant: str) -> bool:
     if variant not in ("sps", "sps+"):
-        raise ValueError(f'variant is "sps" or "sps+", not {variant!r}')
+        raise ValueError(f'polyak_sgd: variant is "sps" or "sps+", not {variant!r}')
     return variant == "sps+"
 
 
@@ -100,12 +100,12 @@ def polyak_sgd(
 
     Memory: none.
 
-    Differs from Optax, whose code computes ‖s g‖ where its formula, and this one, has ‖g‖ (the same for s = 1), and
-    which makes no step where ‖g‖² + ε is below the spacing of floats at 1 (in float32 for ‖g‖ < 3e-4).
-
     Raises:
       ValueError: `variant` is unknown.
       TypeError: in `update`, `value` is missing.
+
+    Differs from Optax, whose code computes ‖s g‖ where its formula, and this one, has ‖g‖ (the same for s = 1), and
+    which makes no step where ‖g‖² + ε is below the spacing of floats at 1 (in float32 for ‖g‖ < 3e-4).
     """
     return treewise(
         _Step(_positive(variant)),

@@ -1,5 +1,6 @@
 """Prodigy: Adam that finds its learning rate. Tree-level: one estimate for all arrays."""
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hooks import weight_decay as l2
 from jaxopt_rules.lift import copied, real_zeros, treewise
-from jaxopt_rules.numerics import abs2, one_minus_power, quotient, read_wide, scale, sqrt
+from jaxopt_rules.numerics import abs2, one_minus_power, over_root, quotient, read_wide, scale, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -35,7 +36,9 @@ def _total(tree: Any) -> Array:
     return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), jnp.float32(0))
 
 
+@partial(jax.jit, static_argnums=1)
 def _sampled(x: Array, every: int) -> Array:
+    # Compiled as one, also at birth: on a mesh, the sample is then born where an update leaves it.
     return x if every == 1 else x.reshape(-1)[::every]
 
 
@@ -115,7 +118,7 @@ def _prodigy(
     rate = jnp.where(taking, rate, 0)
 
     def update(m: Array, v: Array, p: Array, weight_decay: Array | None) -> Array:
-        u = m / (sqrt(v) + jnp.asarray(d * eps, v.dtype))
+        u = over_root(m, v, jnp.asarray(d * eps, v.dtype), "outside")
         return scale(-rate, u if weight_decay is None else u + scale(weight_decay, p))
 
     decays = jax.tree.map(lambda _: None, grads) if weight_decay is None else weight_decay

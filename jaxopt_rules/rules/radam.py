@@ -148,11 +148,12 @@ def radam(
 
     Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
-    Differs from the paper in the threshold: 4 there (and in schedule-free RAdam), 5 in PyTorch and Optax. Whether
-    ρ_t = 5 itself is above it (in Optax) or not (in PyTorch) has no effect: no β₂ that is used gives that. From PyTorch
-    in the defaults of `eps_placement` ("hat" there) and of the form of decay ("l2" there). From Optax in keywords:
-    `eps_root` with `eps=0` is `eps_placement="inside"`, and there is no `nesterov`. And in float32, where ρ_t, a difference of numbers near 2 / (1 − β₂), loses its digits there: at t = 6 its step is 1 %
-    off for β₂ = 0.999, and twice as long for 0.9999.
+    Differs from the paper in the threshold: 4 there (and in schedule-free RAdam), 5 in PyTorch and Optax. Whether ρ_t =
+    5 itself is above it (in Optax) or not (in PyTorch) has no effect: no β₂ that is used gives that. From PyTorch in
+    the defaults of `eps_placement` ("hat" there) and of the form of decay ("l2" there). From Optax in keywords:
+    `eps_root` with `eps=0` is `eps_placement="inside"`, and there is no `nesterov`. And in float32, where ρ_t, a
+    difference of numbers near 2 / (1 − β₂), loses its digits there: at t = 6 its step is 1 % off for β₂ = 0.999, and
+    twice as long for 0.9999.
     """
     direction = radam_direction(b1, b2, eps, threshold=threshold, silent=silent, eps_placement=eps_placement)
     return descend(direction, learning_rate, weight_decay, where, decay=decay, peak=peak)

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.compose import chain
@@ -17,13 +18,13 @@ from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
 
-class RMSPropState(NamedTuple):
+class RmspropState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_rho, eps
     v: Any  # like θ, float32 or wider, real: running mean of |g|²
 
 
-class CenteredRMSPropState(NamedTuple):
+class CenteredRmspropState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_rho, eps
     m: Any  # like θ, float32 or wider: running mean of g
@@ -63,13 +64,13 @@ def rmsprop_direction(
 ) -> Rule:
     """The direction d of `rmsprop`, before momentum and any learning rate, for chains of your own."""
     check_epsilon(eps_placement)
-    if callable(initial_scale):
-        raise TypeError("rmsprop: initial_scale is a number, what v is born with, and no schedule")
+    if callable(initial_scale) or isinstance(initial_scale, Tracer):
+        raise TypeError("rmsprop: initial_scale is a number, what v is born with; no schedule, and not traced")
     check("initial_scale", initial_scale)
-    static = {"eps_placement": eps_placement, "initial_scale": initial_scale}
+    static = {"eps_placement": eps_placement, "initial_scale": float(initial_scale)}
     if centered:
-        return leafwise(_centered, CenteredRMSPropState, slots={"s": _filled}, static=static, rho=rho, eps=eps)
-    return leafwise(_rmsprop, RMSPropState, slots={"v": _filled}, static=static, rho=rho, eps=eps)
+        return leafwise(_centered, CenteredRmspropState, slots={"s": _filled}, static=static, rho=rho, eps=eps)
+    return leafwise(_rmsprop, RmspropState, slots={"v": _filled}, static=static, rho=rho, eps=eps)
 
 
 @constructor
@@ -121,8 +122,8 @@ def rmsprop(
 
     Differs from Optax in names: ρ is `decay` there, and `eps_in_sqrt` tells "inside" from "outside"; its
     `bias_correction=True` is `adam(b1=0, eps_placement="inside")`. From PyTorch in the default form of decay ("l2"
-    there). From all others with `centered` in that the slot holds s, not v, and so
-    keeps its digits where s is much smaller than v, where the others' difference can be negative and its root NaN.
+    there). From all others with `centered` in that the slot holds s, not v, and so keeps its digits where s is much
+    smaller than v, where the others' difference can be negative and its root NaN.
     """
     if not isinstance(decay, str):
         raise ValueError(f"rmsprop: decay is a form of weight decay, not {decay!r}; the decay rate of v is rho")

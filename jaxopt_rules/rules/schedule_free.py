@@ -316,9 +316,9 @@ def schedule_free_adamw(
     Raises:
       ValueError: as `step` and `schedule_free`; or `warmup_steps` is no whole number, or goes with a schedule.
 
-    Differs from Algorithm 1, as the authors' class does, where that multiplies α by √(1 − β₂ᵗ), which here divides v
-    (ε then weighs more at first); from Optax, whose warm-up begins with a rate of 0, and reaches α one update later,
-    and in keywords: there is no `state_dtype`.
+    Differs from Algorithm 1, as the authors' class does, where that multiplies α by √(1 − β₂ᵗ), which here divides v (ε
+    then weighs more at first); from Optax, whose warm-up begins with a rate of 0, and reaches α one update later, and
+    in keywords: there is no `state_dtype`.
     """
     rate = _warmed_up(learning_rate, warmup_steps, "schedule_free_adamw")
     peak = _peak(learning_rate, rate, decay, peak)

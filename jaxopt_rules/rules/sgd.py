@@ -25,7 +25,7 @@ class VelocityState(NamedTuple):
     v: Any  # like θ, float32 or wider: decaying sum of gradients; of the form "ema", their running mean
 
 
-def _velocity(g: Array, v: Array, *, momentum: Array, nesterov: bool) -> tuple[Array, tuple[Array]]:
+def _velocity(g: Array, v: Array, *, momentum: Array, nesterov: bool = False) -> tuple[Array, tuple[Array]]:
     v = momentum * v + g
     return g + momentum * v if nesterov else v, (v,)
 
@@ -205,11 +205,11 @@ def descend_inside(
     """
     if decay not in ("decoupled", "l2") or peak is not None:
         raise ValueError(
-            'sgd and rmsprop: form="tensorflow" has decay="decoupled" and decay="l2" alone, without peak; '
+            'form="tensorflow" has decay="decoupled" and decay="l2" alone, without peak; '
             "other forms of decay need a velocity without the rate"
         )
     if decay == "l2" and weight_decay is None:
-        raise ValueError('sgd and rmsprop: decay="l2" needs weight_decay=..., such as 0.1')
+        raise ValueError('form="tensorflow" with decay="l2" needs weight_decay=..., such as 0.1')
     static = {"nesterov": bool(nesterov)}
     if decay == "l2" or weight_decay is None:
         in_front = [] if weight_decay is None else [l2(weight_decay, where)]

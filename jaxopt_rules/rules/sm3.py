@@ -3,7 +3,6 @@
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,16 +15,16 @@ from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
 
-class SM3State(NamedTuple):
+class Sm3State(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # eps
     mu: Any  # for each axis of θ, float32 or wider, real: the largest ν in each slice, with length 1 elsewhere
 
 
-class SM3MomentumState(NamedTuple):
+class Sm3MomentumState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_momentum, eps
-    mu: Any  # as in SM3State
+    mu: Any  # as in Sm3State
     m: Any  # like θ, float32 or wider: running mean of g / √ν
 
 
@@ -40,8 +39,8 @@ def _accumulators(p: Any) -> tuple[Array, ...]:
 
 
 def _sm3(g: Array, mu: tuple[Array, ...], *, eps: Array) -> tuple[Array, tuple[tuple[Array, ...]]]:
-    # Its leaves: what `nnx.Optimizer` brings back is no tuple.
-    nu = reduce(jnp.minimum, jax.tree.leaves(mu)) + abs2(g)
+    # By number: what `nnx.Optimizer` brings back is no tuple, but has its keys.
+    nu = reduce(jnp.minimum, [mu[k] for k in range(len(mu))]) + abs2(g)
     mu = tuple(jnp.max(nu, axes, keepdims=True, initial=0) for axes in _cover(g.ndim))
     return quotient(g, sqrt(nu + eps), otherwise=0), (mu,)
 
@@ -56,11 +55,11 @@ def _sm3_momentum(
 
 @constructor
 def sm3_direction(momentum: float | Schedule | None = 0.9, *, eps: float | Schedule = 0.0) -> Rule:
-    """The direction of `sm3`, before any learning rate, for chains of your own."""
+    """The direction m of `sm3`, before any learning rate, for chains of your own."""
     slots = {"mu": _accumulators}
     if momentum is None:
-        return leafwise(_sm3, SM3State, slots=slots, eps=eps)
-    return leafwise(_sm3_momentum, SM3MomentumState, slots=slots, momentum=momentum, eps=eps)
+        return leafwise(_sm3, Sm3State, slots=slots, eps=eps)
+    return leafwise(_sm3_momentum, Sm3MomentumState, slots=slots, momentum=momentum, eps=eps)
 
 
 @constructor

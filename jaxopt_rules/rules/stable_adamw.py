@@ -8,13 +8,13 @@ from jax import Array, lax
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, one_minus_power, quotient, sqrt
+from jaxopt_rules.numerics import abs2, ema, one_minus_power, over_root, quotient, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
 
 
-class StableAdamWState(NamedTuple):
+class StableAdamwState(NamedTuple):
     count: Array  # ()  int32, finished updates
     hyper: dict[str, Any]  # one_minus_b1, one_minus_b2, eps; weight_decay where decay is inside
     m: Any  # like θ, float32 or wider: mean of g, corrected
@@ -39,7 +39,7 @@ def _stable_adamw(
     g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
-    return _clip(g, v, eps) * (m / (sqrt(v) + eps)), (m, v)
+    return _clip(g, v, eps) * over_root(m, v, eps, "outside"), (m, v)
 
 
 def _stable_adamw_decayed(
@@ -55,7 +55,7 @@ def _stable_adamw_decayed(
     weight_decay: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
-    d = m / (sqrt(v) + eps)
+    d = over_root(m, v, eps, "outside")
     if weight_decay is not None:
         d = d + weight_decay * p
     return _clip(g, v, eps) * d, (m, v)
@@ -73,10 +73,10 @@ def stable_adamw_direction(
     """The direction d of `stable_adamw`, decay inside, before any learning rate, for chains of your own."""
     slots = {"v": real_zeros}
     if weight_decay is None:
-        return leafwise(_stable_adamw, StableAdamWState, slots=slots, b1=b1, b2=b2, eps=eps)
+        return leafwise(_stable_adamw, StableAdamwState, slots=slots, b1=b1, b2=b2, eps=eps)
     return leafwise(
         _stable_adamw_decayed,
-        StableAdamWState,
+        StableAdamwState,
         slots=slots,
         where={"weight_decay": where},
         b1=b1,

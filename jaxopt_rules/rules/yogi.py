@@ -4,12 +4,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.hyperparameters import check
 from jaxopt_rules.lift import leafwise
-from jaxopt_rules.numerics import abs2, ema, one_minus_power, real, sqrt, widened
+from jaxopt_rules.numerics import abs2, ema, one_minus_power, over_root, real, widened
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -44,9 +45,9 @@ def _yogi(
     m = ema(m, g, one_minus_b1)
     v = v - one_minus_b2 * jnp.sign(v - abs2(g)) * abs2(g)
     if not debias:
-        return m / (sqrt(v) + eps), (m, v)
+        return over_root(m, v, eps, "outside"), (m, v)
     m_hat, v_hat = m / one_minus_power(one_minus_b1, t), v / one_minus_power(one_minus_b2, t)
-    return m_hat / (sqrt(v_hat) + eps), (m, v)
+    return over_root(m_hat, v_hat, eps, "outside"), (m, v)
 
 
 @constructor
@@ -59,14 +60,14 @@ def yogi_direction(
     debias: bool = True,
 ) -> Rule:
     """The direction d of `yogi`, before any learning rate, for chains of your own."""
-    if callable(initial_accumulator_value):
-        raise TypeError("yogi: initial_accumulator_value is read when init runs, and cannot be a schedule")
+    if callable(initial_accumulator_value) or isinstance(initial_accumulator_value, Tracer):
+        raise TypeError("yogi: initial_accumulator_value is read when init runs, and cannot be a schedule or traced")
     check("initial_accumulator_value", initial_accumulator_value)
     return leafwise(
         _yogi,
         YogiState,
         slots={"m": _filled, "v": _filled_real},
-        static={"debias": bool(debias), "initial_accumulator_value": initial_accumulator_value},
+        static={"debias": bool(debias), "initial_accumulator_value": float(initial_accumulator_value)},
         b1=b1,
         b2=b2,
         eps=eps,

@@ -25,6 +25,7 @@ ROWS: list[Row] = [
         "d0",
         0.01,
         leafwise=False,
+        laws=False,
         single=5e-6,  # gradients of changing sign leave a small part of the terms of N, and all of their roundings
     ),
     Row(

@@ -48,6 +48,7 @@ ROWS = [
         None,
         0.01,
         leafwise=False,
+        laws=False,
     ),
     Row(
         "lbfgs_fixed",
