@@ -29,10 +29,11 @@ ROWS = [row for row in TABLE if row.laws]
 # Rows of one group run in one worker, which then probes each row once.
 def over(table: list[Row], both: bool = True) -> pytest.MarkDecorator:
     """Over these rows, in one or in both of the modes of conftest.py."""
-    group = pytest.mark.xdist_group
-    params = [pytest.param(row, id=row.name, marks=group(row.name)) for row in table]
-    marks = pytest.mark.x64, pytest.mark.thorough
-    wide = [pytest.param(row, id=f"{row.name}-x64", marks=(group(row.name), *marks)) for row in table]
+    group, thorough = pytest.mark.xdist_group, pytest.mark.thorough
+    params = [pytest.param(row, id=row.name, marks=[group(row.name), *[thorough][: row.thorough]]) for row in table]
+    wide = [
+        pytest.param(row, id=f"{row.name}-x64", marks=[group(row.name), thorough, pytest.mark.x64]) for row in table
+    ]
     return pytest.mark.parametrize("row", params + wide if both else params)
 
 

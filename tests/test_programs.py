@@ -63,6 +63,39 @@ def test_no_temporaries_and_no_copies(rule, dtype):
     assert copies(program) == 0
 
 
+CATALOGUE = [
+    jr.sgd(0.1, 0.9, True, form="ema"),
+    jr.sgd(0.1, 0.9, True, form="tensorflow", weight_decay=0.1),
+    jr.signum(0.1, weight_decay=0.1),
+    jr.adagrad(0.1, weight_decay=0.1),
+    jr.rmsprop(0.1, centered=True, momentum=0.9),
+    jr.adam(eps_placement="max"),
+    jr.amsgrad(0.1, weight_decay=0.1),
+    jr.amsgrad(0.1, maximum_of="uncorrected"),
+    jr.nadam(weight_decay=0.1),
+    jr.nadamw(),
+    jr.adamaxw(),
+    jr.radam(weight_decay=0.1),
+    jr.adabelief(weight_decay=0.1),
+    jr.yogi(),
+    jr.lion(0.1, weight_decay=0.1),
+    jr.ademamix(0.1, warmup=100, weight_decay=0.1),
+    jr.lars(0.1, weight_decay=0.1),
+    jr.novograd(0.1),
+    jr.prodigy(weight_decay=0.1),
+    jr.dog(),
+    jr.ldog(),
+    jr.chain(CLIP, jr.nadamw()),
+]
+
+
+@pytest.mark.parametrize("rule", CATALOGUE, ids=repr)
+def test_the_catalogue_needs_no_temporaries_and_no_copies(rule):
+    program = compiled(rule)
+    assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
+    assert copies(program) == 0
+
+
 def test_parameters_in_bfloat16_need_none_either():
     program = compiled(jr.chain(CLIP, jr.adamw()), jnp.bfloat16, jnp.bfloat16)
     assert program.memory_analysis().temp_size_in_bytes <= FEW_KB

@@ -298,18 +298,17 @@ def adafactor(
         eps_placement=eps_placement,
         views=views if factored else None,
     )
-    end = leafwise(
-        _step if momentum is None else _step_with_momentum,
-        AdafactorStepState if momentum is None else AdafactorMomentumState,
-        static={"relative_step": relative, "decay": decay},
-        where={"weight_decay": where},
-        place="end",
-        learning_rate=1e-2 if learning_rate is None else learning_rate,
-        min_rms=min_rms if multiply_by_parameter_scale else None,
-        weight_decay=weight_decay,
-        **({} if momentum is None else {"momentum": momentum}),
-    )
-    return chain(direction, end)
+    of_step: dict[str, Any] = {
+        "static": {"relative_step": relative, "decay": decay},
+        "where": {"weight_decay": where},
+        "place": "end",
+        "learning_rate": 1e-2 if learning_rate is None else learning_rate,
+        "min_rms": min_rms if multiply_by_parameter_scale else None,
+        "weight_decay": weight_decay,
+    }
+    if momentum is None:
+        return chain(direction, leafwise(_step, AdafactorStepState, **of_step))
+    return chain(direction, leafwise(_step_with_momentum, AdafactorMomentumState, momentum=momentum, **of_step))
 
 
 @constructor

@@ -111,5 +111,5 @@ ROWS = [
         leafwise=False,
         extra={"grad_fn": cubes},
         aligned=False,
-    ),
+thorough=True,),
 ]  # fmt: skip

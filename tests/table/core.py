@@ -24,7 +24,13 @@ ROWS = [
     Row("weight_decay", lambda: jr.weight_decay(0.1), each(ref.weight_decay, 0.1), "weight_decay"),
     Row("clip", lambda: jr.clip_by_global_norm(2.0), partial(ref.clip, 2.0), "max_norm", leafwise=False),
     Row("clip_by_leaf_norm", lambda: jr.clip_by_leaf_norm(0.5), pointwise(ref.clip_by_leaf_norm, 0.5), "max_norm"),
-    Row("clip_by_block_rms", lambda: jr.clip_by_block_rms(0.5), pointwise(ref.clip_by_block_rms, 0.5), "threshold"),
+    Row(
+        "clip_by_block_rms",
+        lambda: jr.clip_by_block_rms(0.5),
+        pointwise(ref.clip_by_block_rms, 0.5),
+        "threshold",
+        thorough=True,
+    ),
     Row(
         "clip_by_value",
         lambda: jr.clip_by_value(0.5),
@@ -39,7 +45,13 @@ ROWS = [
         "clipping",
     ),
     Row("ema", lambda: jr.ema(0.9), each(ref.ema, 0.9, True), "decay"),
-    Row("ema_biased", lambda: jr.ema(0.9, debias=False), each(ref.ema, 0.9, False), "decay"),
+    Row(
+        "ema_biased",
+        lambda: jr.ema(0.9, debias=False),
+        each(ref.ema, 0.9, False),
+        "decay",
+        thorough=True,
+    ),
     Row("grokfast", lambda: jr.grokfast(0.9, 3.0), each(ref.grokfast, 0.9, 3.0), "factor"),
     Row("scale", lambda: jr.scale(0.3), pointwise(lambda g, p, factor: factor * g, 0.3), "factor"),
     Row("trust_ratio", lambda: jr.trust_ratio(0.1), pointwise(ref.trust_ratio, 0.1, 0, 0, math.inf), "coefficient"),
@@ -48,6 +60,7 @@ ROWS = [
         lambda: jr.trust_ratio(eps=0.1, min_norm=0.5, max_ratio=1.5),
         pointwise(ref.trust_ratio, 1, 0.1, 0.5, 1.5),
         "eps",
+        thorough=True,
     ),
     Row("scale_by_leaf_rms", lambda: jr.scale_by_leaf_rms(0.9), pointwise(ref.scale_by_leaf_rms, 0.9), "min_rms"),
     Row("normalize", lambda: jr.normalize(0.1), partial(ref.normalize, 0.1), "eps", leafwise=False),
@@ -71,6 +84,7 @@ ROWS = [
         each(ref.step, warmup_cosine, 0.05, "independent", 0.01),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "step_corrected",
@@ -78,6 +92,7 @@ ROWS = [
         each(ref.step, 0.1, 0.5, "corrected", 0.2),
         "learning_rate",
         0.1,
+        thorough=True,
     ),
     Row(
         "step_cautious",
@@ -92,6 +107,7 @@ ROWS = [
         each(ref.step, 0.1, 0.5, "proximal"),
         "weight_decay",
         0.1,
+        thorough=True,
     ),
     Row(
         "descend_l2",
@@ -100,7 +116,13 @@ ROWS = [
         "weight_decay",
         0.1,
     ),
-    Row("velocity", lambda: jr.momentum_direction(0.9), each(ref.velocity, 0.9), "momentum"),
+    Row(
+        "velocity",
+        lambda: jr.momentum_direction(0.9),
+        each(ref.velocity, 0.9),
+        "momentum",
+        thorough=True,
+    ),
     Row("nesterov", lambda: jr.momentum_direction(0.9, True), each(ref.velocity, 0.9, True), "momentum"),
     Row("adam_direction", lambda: jr.adam_direction(), each(ref.adam_direction, **ADAM), "b1"),
     Row(
@@ -108,8 +130,16 @@ ROWS = [
         lambda: jr.adam_direction(b2=0.9999, bias_correction="step"),
         each(ref.adam_direction, 0.9, 0.9999, 1e-8, "step"),
         "b2",
+        thorough=True,
     ),
-    Row("sgd", lambda: jr.sgd(0.1), each(ref.step, 0.1), "learning_rate", 0.1),
+    Row(
+        "sgd",
+        lambda: jr.sgd(0.1),
+        each(ref.step, 0.1),
+        "learning_rate",
+        0.1,
+        thorough=True,
+    ),
     Row(
         "sgd_nesterov",
         lambda: jr.sgd(WARMUP_COSINE, momentum=0.9, nesterov=True),
@@ -124,6 +154,7 @@ ROWS = [
         each(ref.momentum, warmup_cosine, 0.5),
         "momentum",
         0.01,
+        thorough=True,
     ),
     Row(
         "adam",
@@ -138,6 +169,7 @@ ROWS = [
         chained(each(ref.adam_direction, **ADAM, bias_correction="step"), each(ref.step, 0.1)),
         "learning_rate",
         0.1,
+        thorough=True,
     ),
     Row(
         "adamw_warmup",
@@ -152,6 +184,7 @@ ROWS = [
         chained(each(ref.adam_direction, **ADAM), each(ref.step, 0.1, 0.3, "corrected", 0.1)),
         "peak",
         0.1,
+        thorough=True,
     ),
     Row(
         "adamw_cautious",
@@ -159,6 +192,7 @@ ROWS = [
         chained(each(ref.adam_direction, **ADAM), each(ref.step, warmup_cosine, 0.3, "cautious")),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "adamw_l2",
@@ -166,6 +200,7 @@ ROWS = [
         chained(each(ref.weight_decay, 0.3), each(ref.adam_direction, **ADAM), each(ref.step, 0.1)),
         "learning_rate",
         0.1,
+        thorough=True,
     ),
     Row(
         "lamb",
@@ -178,6 +213,7 @@ ROWS = [
         ),
         "learning_rate",
         0.1,
+        thorough=True,
     ),
     Row(
         "adamw_step",
@@ -205,6 +241,7 @@ ROWS = [
         chained(each(ref.weight_decay, 0.1), each(ref.velocity, 0.9), each(ref.step, 0.1)),
         "learning_rate",
         0.1,
+        thorough=True,
     ),
     Row("centralize", lambda: jr.centralize(), pointwise(ref.centralize), None),
     Row("zero_nonfinite", lambda: jr.zero_nonfinite(), pointwise(lambda g, p: g), None),
@@ -217,7 +254,13 @@ ROWS = [
         None,
         leafwise=False,
     ),
-    Row("add_noise", lambda: jr.add_noise(0.0), pointwise(lambda g, p: g), "gamma"),
+    Row(
+        "add_noise",
+        lambda: jr.add_noise(0.0),
+        pointwise(lambda g, p: g),
+        "gamma",
+        thorough=True,
+    ),
     Row(
         "step_initial",
         lambda: jr.step(0.1, 0.5, decay="initial"),

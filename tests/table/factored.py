@@ -24,6 +24,7 @@ ROWS = [
         ),
         "decay_rate",
         0.01,
+        thorough=True,
     ),
     Row(
         "adafactor_warmup",
@@ -73,6 +74,7 @@ ROWS = [
         ),
         "learning_rate",
         0.3,
+        thorough=True,
     ),
     Row(
         "adafactor_transformers",
@@ -97,5 +99,6 @@ ROWS = [
         lambda: jr.sm3_direction(None, eps=1e-3),
         each(ref.sm3_direction, None, 1e-3),
         "eps",
+        thorough=True,
     ),
 ]

@@ -12,6 +12,7 @@ ROWS = [
         chained(each(ref.weight_decay, 0.5), each(ref.dampened_velocity, 0.9, 0.3), each(ref.step, 0.1)),
         "dampening",
         0.1,
+        thorough=True,
     ),
     Row(
         "sgd_plain_decay",
@@ -27,6 +28,7 @@ ROWS = [
         chained(each(ref.mean_velocity, 0.95), each(ref.step, warmup_cosine, 0.1)),
         "momentum",
         0.01,
+        thorough=True,
     ),
     Row(
         "sgd_ema_nesterov",
@@ -111,6 +113,7 @@ ROWS = [
         ),
         "rho",
         0.01,
+        thorough=True,
     ),
     Row(
         "rmsprop_centered",

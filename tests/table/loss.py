@@ -31,6 +31,7 @@ ROWS = [
         "f_min",
         leafwise=False,
         extra={"value": 2.0},
+        thorough=True,
     ),
     Row(
         "polyak_sgd",
@@ -57,6 +58,7 @@ ROWS = [
         "learning_rate",
         0.1,
         leafwise=False,
+        thorough=True,
     ),
     Row(
         "lbfgs",

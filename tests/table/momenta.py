@@ -27,6 +27,7 @@ ROWS = [
         lambda: jr.adopt_direction(0.9, 0.99, clip_exponent=None),
         each(ref.adopt, 0.9, 0.99, 1e-6),
         "b2",
+        thorough=True,
     ),
     Row(
         "adopt",

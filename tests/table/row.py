@@ -26,6 +26,7 @@ class Row:
     double: float = 1e-12  # how far a float64 run may be
     complex: bool = True  # whether it takes complex gradients, or refuses them
     laws: bool = True  # not of a variant whose formula alone differs from that of another row
+    thorough: bool = False  # whether its laws are left to the thorough run, since another row is like it
 
 
 def each(make: Callable[..., ref.Reference], *args, **kwargs) -> Callable[[], ref.Reference]:

@@ -63,6 +63,7 @@ ROWS = [
         "learning_rate",
         0.1,
         every=3,
+        thorough=True,
     ),
     Row("skip_nonfinite", lambda: jr.skip_nonfinite(adamw()), ADAMW_REFERENCE, "weight_decay", 0.1, leafwise=False),
     Row(
@@ -88,6 +89,7 @@ ROWS = [
         "max_norm",
         leafwise=False,
         every=2,
+        thorough=True,
     ),
     Row(
         "lookahead",
@@ -98,8 +100,22 @@ ROWS = [
         aligned=False,
     ),
     Row("average_ema", lambda: jr.average(adamw(), 0.9), ADAMW_REFERENCE, "learning_rate", 0.1),
-    Row("average_swa", lambda: jr.average(adamw(), None, start=2), ADAMW_REFERENCE, "learning_rate", 0.1),
-    Row("average_lawa", lambda: jr.average(adamw(), window=3, every=2), ADAMW_REFERENCE, "learning_rate", 0.1),
+    Row(
+        "average_swa",
+        lambda: jr.average(adamw(), None, start=2),
+        ADAMW_REFERENCE,
+        "learning_rate",
+        0.1,
+        thorough=True,
+    ),
+    Row(
+        "average_lawa",
+        lambda: jr.average(adamw(), window=3, every=2),
+        ADAMW_REFERENCE,
+        "learning_rate",
+        0.1,
+        thorough=True,
+    ),
     Row(
         "plateau",
         lambda: jr.chain(jr.sgd(0.1), jr.reduce_on_plateau(0.5, 1, min_scale=0.1)),
