@@ -27,6 +27,9 @@ columns and identifiers (a text of its own in every row, or more than {MAX_CATEG
 are left out, then rows with missing values are dropped.
 """
 
+# Modules are not called as what is installed: `adopt` is of `torch-adopt`, and another package bears its name.
+_GROUPS = "see the dependency groups oracles and oracles-no-deps in pyproject.toml"
+
 CONFORMANCE = """\
 Run every rule against every independent implementation of it that is
 installed, in float64, from the same start on the same gradients. Prints a line
@@ -134,7 +137,7 @@ def _conformance(args: argparse.Namespace) -> int:
     installed = [pair for pair in meant if pair.installed]
     missing = sorted({pair.package for pair in meant} - {pair.package for pair in installed})
     if not installed:
-        raise UserError(f"nothing to compare with is installed; these are needed: {', '.join(missing)}")
+        raise UserError(f"nothing to compare with is installed of {', '.join(missing)}; {_GROUPS}")
     widths = [max(len(getattr(pair, column)) for pair in installed) for column in ("name", "oracle", "convention")]
     failed = 0
     for pair in installed:
@@ -146,7 +149,7 @@ def _conformance(args: argparse.Namespace) -> int:
         verdict = "" if outcome.passed else f"  exceeds {pair.bound:.1e}"
         print(*row, f"{pair.problem.steps:>4}", f"{outcome.difference:.1e}{verdict}", sep="  ", flush=True)
     if missing:
-        print(f"not installed: {', '.join(missing)}", file=sys.stderr)
+        print(f"not installed: {', '.join(missing)}; {_GROUPS}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,6 +1,5 @@
 """Polyak's step: as far as the linear model of the loss would reach its minimum. Tree-level: the norm is global."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,29 +20,24 @@ class PolyakState(NamedTuple):
     metrics: dict[str, Array]  # step_size: what the gradient was multiplied by
 
 
-@dataclass(frozen=True)
-class _Polyak:
-    positive: bool
-
-    def step_size(self, grads: Any, value: Array, max_learning_rate: Array, f_min: Array, eps: Array) -> Array:
-        gap = jnp.asarray(value, f_min.dtype) - f_min
-        if self.positive:
-            gap = jnp.maximum(gap, 0)
-        return jnp.minimum(quotient(gap, global_norm(grads) ** 2 + eps, otherwise=0), max_learning_rate)
-
-
-class _Direction(_Polyak):
-    def __call__(self, g: Any, *, value: Array, max_learning_rate: Array, f_min: Array, eps: Array) -> Any:
-        gamma = self.step_size(g, value, max_learning_rate, f_min, eps)
-        return jax.tree.map(lambda g: scale(gamma, g), g), {"step_size": gamma}
-
-
-class _Step(_Polyak):
-    def __call__(
-        self, g: Any, *, value: Array, max_learning_rate: Array, scaling: Array, f_min: Array, eps: Array
-    ) -> Any:
-        gamma = scaling * self.step_size(g, value, max_learning_rate, f_min, eps)
-        return jax.tree.map(lambda g: scale(-gamma, g), g), {"step_size": gamma}
+def _polyak(
+    g: Any,
+    *,
+    value: Array,
+    max_learning_rate: Array,
+    f_min: Array,
+    eps: Array,
+    scaling: Array | None = None,
+    positive: bool,
+) -> tuple[Any, dict[str, Array]]:
+    """γ g, or −s γ g where there is an s."""
+    gap = jnp.asarray(value, f_min.dtype) - f_min
+    if positive:
+        gap = jnp.maximum(gap, 0)
+    gamma = jnp.minimum(quotient(gap, global_norm(g) ** 2 + eps, otherwise=0), max_learning_rate)
+    gamma = gamma if scaling is None else scaling * gamma
+    factor = gamma if scaling is None else -gamma
+    return jax.tree.map(lambda g: scale(factor, g), g), {"step_size": gamma}
 
 
 def _positive(variant: str) -> bool:
@@ -62,8 +56,9 @@ def polyak_direction(
 ) -> Rule:
     """The direction γ g of `polyak_sgd`, for chains of your own: `chain(polyak_direction(), step(1.0, 1e-4))`."""
     return treewise(
-        _Direction(_positive(variant)),
+        _polyak,
         PolyakState,
+        static={"positive": _positive(variant)},
         metrics=("step_size",),
         extra=("value",),
         max_learning_rate=max_learning_rate,
@@ -108,8 +103,9 @@ def polyak_sgd(
     which makes no step where ‖g‖² + ε is below the spacing of floats at 1 (in float32 for ‖g‖ < 3e-4).
     """
     return treewise(
-        _Step(_positive(variant)),
+        _polyak,
         PolyakState,
+        static={"positive": _positive(variant)},
         metrics=("step_size",),
         extra=("value",),
         place="end",
