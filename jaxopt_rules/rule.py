@@ -312,8 +312,14 @@ def constructor(make: Callable[P, "Rule | Definition"]) -> Callable[P, Rule]:
     heavy_ball(0.1) == heavy_ball(learning_rate=0.1, momentum=0.9)
     """
 
+    signature = inspect.signature(make)
+
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Rule:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(_misfit(make.__name__, signature, kwargs, str(error))) from None
         positional, named = tuple(map(_frozen, args)), {name: _frozen(value) for name, value in kwargs.items()}
         made = cast(Any, make)(*positional, **named)
         definition = made if isinstance(made, Definition) else definition_of(made)
@@ -321,6 +327,24 @@ def constructor(make: Callable[P, "Rule | Definition"]) -> Callable[P, Rule]:
         return Rule(Init(definition, written), Update(definition, written))
 
     return build
+
+
+# What other libraries call it, and what it is here.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "betas": "b1 and b2",
+    "mask": "where, which selects leaves by path",
+    "weight_decay_mask": "where, which selects leaves by path",
+    "eps_root": 'eps with eps_placement="inside"',
+    "mu_dtype": "not needed: slots are float32 or wider",
+    "accumulator_dtype": "not needed: slots are float32 or wider",
+}
+
+
+def _misfit(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any], error: str) -> str:
+    foreign = [key for key in kwargs if key not in signature.parameters and key in _ELSEWHERE]
+    hint = "".join(f"; {key} is {_ELSEWHERE[key]}" for key in foreign)
+    return f"{name}: {error}{hint}; it takes {', '.join(signature.parameters)}"
 
 
 _CONSTRUCTOR_CODE = constructor(Definition).__code__

@@ -74,7 +74,10 @@ def test_the_difference_is_relative_to_the_way_that_was_made():
     ("arguments", "message"),
     [
         (["--rule", "no_such_rule"], "there is no pair of rule no_such_rule and oracle *"),
-        (["--oracle", "no_such_library"], "nothing to compare with is installed of no_such_library; see the dependency groups"),
+        (
+            ["--oracle", "no_such_library"],
+            "nothing to compare with is installed of no_such_library; see the dependency groups",
+        ),
     ],
 )
 def test_nothing_to_compare_is_refused_in_one_line(arguments, message, monkeypatch, capsys):

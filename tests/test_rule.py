@@ -53,6 +53,26 @@ def test_a_rule_prints_as_it_was_written(rule, text):
     assert repr(rule.init) == f"{text}.init"
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: jr.adam(1e-3, mask=None),
+            r"adam: got an unexpected keyword.*'mask'; mask is where.*; it takes learning_r",
+        ),
+        (lambda: jr.adamw(lr=0.1), "lr is learning_rate; it takes learning_rate, b1, b2"),
+        (lambda: jr.adam(betas=(0.9, 0.99)), "betas is b1 and b2"),
+        (lambda: jr.adam(eps_root=1e-8), 'eps_root is eps with eps_placement="inside"'),
+        (lambda: jr.adam(weight_decay=0.1), "unexpected keyword argument 'weight_decay'; it takes learning_rate"),
+        (lambda: jr.sgd(), "sgd: missing a required argument: 'learning_rate'"),
+        (lambda: jr.sgd(0.1, 0.9, True, "ema"), "sgd: too many positional arguments"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_with_those_that_do(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
 def square_root(count):
     return 1 / jnp.sqrt(count + 1.0)
 
