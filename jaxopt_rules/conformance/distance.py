@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from jaxopt_rules.conformance.pairs import Pair, Stepper, optax_transform, torch_optimizer
@@ -10,21 +11,11 @@ from jaxopt_rules.rules.prodigy import prodigy
 
 
 def _prodigyopt(**arguments: Any) -> Stepper:
-    def make(torch: Any, p: list[Any]) -> Any:
-        from prodigyopt import Prodigy
-
-        return Prodigy(p, **arguments)
-
-    return torch_optimizer(make)
+    return torch_optimizer(lambda torch, p: import_module("prodigyopt").Prodigy(p, **arguments))
 
 
 def _dog_optimizer(name: str, **arguments: Any) -> Stepper:
-    def make(torch: Any, p: list[Any]) -> Any:
-        import dog
-
-        return getattr(dog, name)(p, **arguments)
-
-    return torch_optimizer(make)
+    return torch_optimizer(lambda torch, p: getattr(import_module("dog"), name)(p, **arguments))
 
 
 _prodigy: Callable[..., Pair] = partial(Pair, oracle="prodigyopt.Prodigy")
