@@ -194,3 +194,11 @@ def test_gates_inside_groups_stay_branches_without_temporaries(rule):
     program = step.lower(LARGE, state, LARGE).compile()
     assert "conditional(" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
+
+
+def test_the_history_of_lbfgs_is_written_in_place():
+    rule, m = jr.lbfgs_direction(10), 10
+    params = {"x": jnp.zeros(1 << 16)}
+    state = jax.eval_shape(rule.init, params)
+    compiled = jax.jit(rule.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * params["x"].nbytes < m * params["x"].nbytes
