@@ -103,7 +103,7 @@ ROWS = [
         chained(each(ref.adamax, **ADAM), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
-        laws=False,
+        thorough=True,
     ),
     Row("adamax_direction", lambda: jr.adamax_direction(), each(ref.adamax, **ADAM), "b1", laws=False),
     Row(

@@ -70,7 +70,7 @@ ROWS = [
         around(lambda: ref.step(ramp, 0.3), ramp, 0.9),
         "weight_decay",
         1.0,
-        laws=False,
+        thorough=True,
     ),
     Row(
         "schedule_free_adamw",

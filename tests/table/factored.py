@@ -67,13 +67,13 @@ ROWS = [
     ),
     Row(
         "adafactor_pytorch",
-        lambda: jr.adafactor_pytorch(0.3, eps=1e-3, weight_decay=0.1),
+        lambda: jr.adafactor_pytorch(WARMUP_COSINE, eps=1e-3, weight_decay=0.1),
         chained(
             each(ref.adafactor_direction, ref.last_two, 0.8, 0, 1.0, 1e-3, floor=True),
-            each(ref.adafactor_step, 0.3, 1e-3, True, None, 0.1),
+            each(ref.adafactor_step, warmup_cosine, 1e-3, True, None, 0.1),
         ),
-        "learning_rate",
-        0.3,
+        "weight_decay",
+        0.01,
         thorough=True,
     ),
     Row(
@@ -85,7 +85,7 @@ ROWS = [
         ),
         "weight_decay",
         1e-6,
-        laws=False,
+        thorough=True,
     ),
     Row(
         "sm3_warmup",

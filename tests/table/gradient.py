@@ -69,10 +69,10 @@ ROWS = [
     ),
     Row(
         "signum",
-        lambda: jr.signum(0.1, 0.8, weight_decay=0.1),
-        chained(each(ref.signum_direction, 0.8), each(ref.step, 0.1, 0.1)),
-        "learning_rate",
-        0.1,
+        lambda: jr.signum(WARMUP_COSINE, 0.8, weight_decay=0.1),
+        chained(each(ref.signum_direction, 0.8), each(ref.step, warmup_cosine, 0.1)),
+        "weight_decay",
+        0.01,
     ),
     Row("signum_direction", lambda: jr.signum_direction(), each(ref.signum_direction, 0.9), "beta", laws=False),
     Row(

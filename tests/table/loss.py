@@ -74,7 +74,7 @@ ROWS = [
         searched(partial(ref.normalize, 0.0), ref.strong_wolfe, 0.1, c2=0.1),
         None,
         1.0,
-        laws=False,
+        thorough=True,
         # The minimum of a cubic divides by the spacing of its points a difference of values, which are rounded.
         single=1e-5,
         **SEARCH,
