@@ -23,6 +23,11 @@ ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": sigmoid, "tanh": jnp.tanh}
 FINAL_WEIGHTS_F32 = {"spiral/sgd": 2e-4, "spiral/adam": 5e-5, "spiral/adamw": 5e-5}
 
 
+def in_float32(name: str) -> list[pytest.MarkDecorator]:
+    """To compile the LSTM takes long, and each case is run in float64: in float32, one of them is enough often."""
+    return [pytest.mark.thorough] if name.startswith("lstm") and not name.endswith("/adam") else []
+
+
 def cases(file):
     """Every case of a file in float32, and in float64 in the process for 64-bit tests."""
     return pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def cases(file):
             pytest.param(case, *precision, final, id=f"{precision[0].__name__}-{case['name']}", marks=marks)
             for case in load(file)["cases"]
             for precision, final, marks in (
-                ((jnp.float32, 2e-6), FINAL_WEIGHTS_F32.get(case["name"], 2e-6), ()),
+                ((jnp.float32, 2e-6), FINAL_WEIGHTS_F32.get(case["name"], 2e-6), in_float32(case["name"])),
                 ((jnp.float64, 1e-10), 1e-10, pytest.mark.x64),
             )
         ],

@@ -58,7 +58,6 @@ ROWS = [
         "learning_rate",
         0.1,
         leafwise=False,
-        thorough=True,
     ),
     Row(
         "lbfgs",
@@ -67,6 +66,7 @@ ROWS = [
         None,
         1.0,
         **SEARCH,
+        thorough=True,
     ),
     Row(
         "strong_wolfe",
