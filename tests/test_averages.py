@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
 from conftest import stepped
+from reference import core as ref
 from table.row import each
 
 import jaxopt_rules as jr

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
 from conftest import quick_jit, stepped
+from reference import core as ref
 from table import wrappers as table_of_wrappers
 from table.row import ADAM, WARMUP_COSINE, each, warmup_cosine
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
+from reference import core as ref
+from reference import loss as papers
+from scipy import optimize
 
 import jaxopt_rules as jr
 
@@ -49,12 +51,12 @@ PROBLEMS = {
     "logistic": (logistic, logistic_and_grad, {"w": np.zeros(5), "b": np.zeros(())}),
 }
 SEARCHES = {
-    "strong_wolfe": (jr.strong_wolfe, ref.strong_wolfe),
-    "strong_wolfe_exact": (partial(jr.strong_wolfe, 0.1, curv_rtol=0.1), partial(ref.strong_wolfe, 0.1, c2=0.1)),
-    "backtracking": (jr.backtracking, ref.backtracking),
+    "strong_wolfe": (jr.strong_wolfe, papers.strong_wolfe),
+    "strong_wolfe_exact": (partial(jr.strong_wolfe, 0.1, curv_rtol=0.1), partial(papers.strong_wolfe, 0.1, c2=0.1)),
+    "backtracking": (jr.backtracking, papers.backtracking),
     "backtracking_far": (
         partial(jr.backtracking, 50, 0.4, 0.5, np.inf, 8.0),
-        partial(ref.backtracking, 0.4, 0.5, np.inf, 8.0, 50),
+        partial(papers.backtracking, 0.4, 0.5, np.inf, 8.0, 50),
     ),
 }
 
@@ -92,8 +94,8 @@ def test_searches_match_the_book_on_losses(problem, search, memory_size):
     # A bracket is never too narrow here: what is measured across it differs between the two.
     rule, reference = ours(tol=0.0) if "wolfe" in search else ours(), ref.pointwise(lambda gs, ps: gs)
     if memory_size:
-        rule, reference = jr.chain(jr.lbfgs_direction(memory_size), rule), ref.lbfgs_direction(memory_size)
-    book = ref.searched(reference, theirs(), exact_loss)
+        rule, reference = jr.chain(jr.lbfgs_direction(memory_size), rule), papers.lbfgs_direction(memory_size)
+    book = papers.searched(reference, theirs(), exact_loss)
     next(book)
     _, path = trained(rule, loss, arrays(start), 30)
     compared, before = 0, start
@@ -114,7 +116,6 @@ def test_searches_match_the_book_on_losses(problem, search, memory_size):
 
 @pytest.mark.x64
 def test_lbfgs_needs_no_more_evaluations_than_scipy():
-    optimize = pytest.importorskip("scipy.optimize")
     _, path = trained(jr.lbfgs(), rosenbrock, arrays(VALLEY), 120)
     reached = int(np.argmax(np.asarray(path["loss"]) < 1e-8))
     evaluations = int(np.sum(path["metrics"]["num_linesearch_steps"][:reached]))

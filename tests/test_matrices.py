@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
 from conftest import quick_jit
+from reference import matrices as papers
 
 import jaxopt_rules as jr
 from jaxopt_rules.matrices import MatrixView
@@ -92,7 +92,7 @@ def test_the_factor_of_the_adjoint_is_the_adjoint_and_turns_with_bases(polar, dt
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 def test_it_is_the_polynomial_of_singular_values(shape, dtype):
     x = normal(*shape, dtype=dtype)
-    close(SOLVERS["original"](x[None])[0], ref.newton_schulz(np.asarray(x, np.promote_types(dtype, np.float64))))
+    close(SOLVERS["original"](x[None])[0], papers.newton_schulz(np.asarray(x, np.promote_types(dtype, np.float64))))
 
 
 def test_bfloat16_is_some_percent_away_and_keeps_the_precision_of_the_slot():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
+from reference import core as ref
 
 import jaxopt_rules as jr
 

@@ -4,14 +4,3 @@ A reference is a generator. It is sent `(g, p)`, the gradient and the parameter,
 variables are its memory. Those of one array are lifted to trees by `each`, which knows nothing of the package.
 A hyperparameter is a number, or a function of the number of finished updates.
 """
-
-from reference.adam import *  # noqa: F403
-from reference.averaging import *  # noqa: F403
-from reference.core import *  # noqa: F403
-from reference.distance import *  # noqa: F403
-from reference.factored import *  # noqa: F403
-from reference.gradient import *  # noqa: F403
-from reference.loss import *  # noqa: F403
-from reference.matrices import *  # noqa: F403
-from reference.momenta import *  # noqa: F403
-from reference.norms import *  # noqa: F403

@@ -2,7 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import reference as ref
+from reference import averaging as papers
+from reference import core as ref
 
 import jaxopt_rules as jr
 from jaxopt_rules.numerics import abs2, is_inexact
@@ -35,12 +36,12 @@ def cubes_of(params: dict) -> dict:
 
 
 def around(inner, *args, **kwargs):
-    return each(lambda: ref.schedule_free(inner(), *args, **kwargs))
+    return each(lambda: papers.schedule_free(inner(), *args, **kwargs))
 
 
 def sharp(*args, **kwargs):
     inner = chained(each(ref.velocity, 0.9), each(ref.step, 0.1))
-    return lambda: ref.sam(inner(), cubes_of, *args, **kwargs)
+    return lambda: papers.sam(inner(), cubes_of, *args, **kwargs)
 
 
 # z is a float32 copy of the parameters, of which an update is a difference: like that of `lookahead`, it is exact to a
@@ -75,7 +76,7 @@ ROWS = [
     Row(
         "schedule_free_adamw",
         lambda: jr.schedule_free_adamw(0.1, b1=0.95, b2=0.99, weight_decay=0.3),
-        around(chained(lambda: ref.over_second_moment(0.99, 1e-8), lambda: ref.step(0.1, 0.3)), 0.1, 0.95),
+        around(chained(lambda: papers.over_second_moment(0.99, 1e-8), lambda: ref.step(0.1, 0.3)), 0.1, 0.95),
         "learning_rate",
         0.1,
     ),
@@ -84,7 +85,7 @@ ROWS = [
         lambda: jr.schedule_free_adamw(1.0, 4, r=1.0, weight_lr_power=0.0, decay="l2", weight_decay=0.3),
         around(
             chained(
-                lambda: ref.weight_decay(0.3), lambda: ref.over_second_moment(0.999, 1e-8), lambda: ref.step(ramp)
+                lambda: ref.weight_decay(0.3), lambda: papers.over_second_moment(0.999, 1e-8), lambda: ref.step(ramp)
             ),
             ramp, 0.9, 0.0, 1.0,
         ),

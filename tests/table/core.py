@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference as ref
+from reference import core as ref
 
 import jaxopt_rules as jr
 from table.row import ADAM, WARMUP_COSINE, Row, chained, each, pointwise, warmup_cosine

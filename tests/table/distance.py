@@ -2,7 +2,8 @@
 
 from functools import partial
 
-import reference as ref
+from reference import core as ref
+from reference import distance as papers
 
 import jaxopt_rules as jr
 from table.row import WARMUP_COSINE, Row, chained, each, warmup_cosine
@@ -21,7 +22,7 @@ ROWS: list[Row] = [
     Row(
         "prodigy",
         lambda: jr.prodigy(d0=0.01),
-        partial(ref.prodigy, 1.0, d0=0.01),
+        partial(papers.prodigy, 1.0, d0=0.01),
         "d0",
         0.01,
         leafwise=False,
@@ -32,7 +33,7 @@ ROWS: list[Row] = [
         "prodigy_warmup",
         lambda: jr.prodigy(WARMUP_COSINE, 0.8, 0.99, d0=1.0, use_bias_correction=True, weight_decay=0.3, where=by_axes),
         partial(
-            ref.prodigy,
+            papers.prodigy,
             warmup_cosine,
             0.8,
             0.99,
@@ -59,7 +60,7 @@ ROWS: list[Row] = [
             decay="l2",
         ),
         partial(
-            ref.prodigy,
+            papers.prodigy,
             0.5,
             b3=0.9,
             eps=1e-4,
@@ -78,7 +79,7 @@ ROWS: list[Row] = [
     Row(
         "prodigy_slice",
         lambda: jr.prodigy(d0=0.01, growth_rate=1.25, slice_p=3),
-        partial(ref.prodigy, 1.0, d0=0.01, growth_rate=1.25, slice_p=3),
+        partial(papers.prodigy, 1.0, d0=0.01, growth_rate=1.25, slice_p=3),
         "learning_rate",
         0.01,
         leafwise=False,
@@ -88,7 +89,7 @@ ROWS: list[Row] = [
     Row(
         "dog",
         lambda: jr.dog(0.1, reps_rel=0.01),
-        chained(partial(ref.dog_direction, reps_rel=0.01), each(ref.step, 0.1)),
+        chained(partial(papers.dog_direction, reps_rel=0.01), each(ref.step, 0.1)),
         "reps_rel",
         0.1,
         leafwise=False,
@@ -96,7 +97,7 @@ ROWS: list[Row] = [
     Row(
         "dog_warmup",
         lambda: jr.dog(WARMUP_COSINE, reps_rel=1.0, eps=0.1, weight_decay=0.3),
-        chained(partial(ref.dog_direction, reps_rel=1.0, eps=0.1), each(ref.step, warmup_cosine, 0.3)),
+        chained(partial(papers.dog_direction, reps_rel=1.0, eps=0.1), each(ref.step, warmup_cosine, 0.3)),
         "weight_decay",
         0.01,
         leafwise=False,
@@ -105,7 +106,7 @@ ROWS: list[Row] = [
     Row(
         "dog_direction",
         lambda: jr.chain(jr.weight_decay(0.1), jr.dog_direction(init_eta=0.001), jr.step(0.5)),
-        chained(each(ref.weight_decay, 0.1), partial(ref.dog_direction, init_eta=0.001), each(ref.step, 0.5)),
+        chained(each(ref.weight_decay, 0.1), partial(papers.dog_direction, init_eta=0.001), each(ref.step, 0.5)),
         "init_eta",
         0.1,
         leafwise=False,
@@ -114,14 +115,14 @@ ROWS: list[Row] = [
     Row(
         "ldog_direction",
         lambda: jr.chain(jr.ldog_direction(reps_rel=0.1), jr.step(1.0)),
-        chained(each(ref.ldog_direction, reps_rel=0.1), each(ref.step, 1.0)),
+        chained(each(papers.ldog_direction, reps_rel=0.1), each(ref.step, 1.0)),
         "reps_rel",
         0.1,
     ),
     Row(
         "ldog_warmup",
         lambda: jr.ldog(WARMUP_COSINE, init_eta=0.1, weight_decay=0.3),
-        chained(each(ref.ldog_direction, init_eta=0.1), each(ref.step, warmup_cosine, 0.3)),
+        chained(each(papers.ldog_direction, init_eta=0.1), each(ref.step, warmup_cosine, 0.3)),
         "init_eta",
         0.01,
         laws=False,

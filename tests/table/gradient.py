@@ -1,6 +1,7 @@
 """Rules without a direction of their own, and those that scale by sums and means of squares."""
 
-import reference as ref
+from reference import core as ref
+from reference import gradient as papers
 
 import jaxopt_rules as jr
 from table.row import WARMUP_COSINE, Row, chained, each, warmup_cosine
@@ -9,7 +10,7 @@ ROWS = [
     Row(
         "sgd_dampening",
         lambda: jr.sgd(0.1, 0.9, dampening=0.3, weight_decay=0.5, decay="l2"),
-        chained(each(ref.weight_decay, 0.5), each(ref.dampened_velocity, 0.9, 0.3), each(ref.step, 0.1)),
+        chained(each(ref.weight_decay, 0.5), each(papers.dampened_velocity, 0.9, 0.3), each(ref.step, 0.1)),
         "dampening",
         0.1,
         thorough=True,
@@ -25,7 +26,7 @@ ROWS = [
     Row(
         "sgd_ema",
         lambda: jr.sgd(WARMUP_COSINE, 0.95, form="ema", weight_decay=0.1),
-        chained(each(ref.mean_velocity, 0.95), each(ref.step, warmup_cosine, 0.1)),
+        chained(each(papers.mean_velocity, 0.95), each(ref.step, warmup_cosine, 0.1)),
         "momentum",
         0.01,
         thorough=True,
@@ -33,7 +34,7 @@ ROWS = [
     Row(
         "sgd_ema_nesterov",
         lambda: jr.sgd(0.1, 0.95, True, form="ema"),
-        chained(each(ref.mean_velocity, 0.95, True), each(ref.step, 0.1)),
+        chained(each(papers.mean_velocity, 0.95, True), each(ref.step, 0.1)),
         "momentum",
         0.1,
         laws=False,
@@ -41,14 +42,14 @@ ROWS = [
     Row(
         "sgd_tensorflow",
         lambda: jr.sgd(WARMUP_COSINE, 0.9, form="tensorflow", weight_decay=0.1),
-        each(ref.momentum_inside, warmup_cosine, 0.9, weight_decay=0.1),
+        each(papers.momentum_inside, warmup_cosine, 0.9, weight_decay=0.1),
         "momentum",
         0.01,
     ),
     Row(
         "sgd_tensorflow_nesterov",
         lambda: jr.sgd(WARMUP_COSINE, 0.9, True, form="tensorflow", weight_decay=0.1, decay="l2"),
-        chained(each(ref.weight_decay, 0.1), each(ref.momentum_inside, warmup_cosine, 0.9, True)),
+        chained(each(ref.weight_decay, 0.1), each(papers.momentum_inside, warmup_cosine, 0.9, True)),
         "momentum",
         0.01,
         laws=False,
@@ -63,43 +64,43 @@ ROWS = [
     Row(
         "sign_sgd",
         lambda: jr.sign_sgd(WARMUP_COSINE, weight_decay=0.1),
-        chained(each(ref.signum_direction, 0.0), each(ref.step, warmup_cosine, 0.1)),
+        chained(each(papers.signum_direction, 0.0), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
     ),
     Row(
         "signum",
         lambda: jr.signum(WARMUP_COSINE, 0.8, weight_decay=0.1),
-        chained(each(ref.signum_direction, 0.8), each(ref.step, warmup_cosine, 0.1)),
+        chained(each(papers.signum_direction, 0.8), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
     ),
-    Row("signum_direction", lambda: jr.signum_direction(), each(ref.signum_direction, 0.9), "beta", laws=False),
+    Row("signum_direction", lambda: jr.signum_direction(), each(papers.signum_direction, 0.9), "beta", laws=False),
     Row(
         "adagrad",
         lambda: jr.adagrad(WARMUP_COSINE, weight_decay=0.1),
-        chained(each(ref.adagrad_direction, 0.1, 1e-7, True), each(ref.step, warmup_cosine, 0.1)),
+        chained(each(papers.adagrad_direction, 0.1, 1e-7, True), each(ref.step, warmup_cosine, 0.1)),
         "initial_accumulator_value",
         0.01,
     ),
     Row(
         "adagrad_direction_torch",
         lambda: jr.adagrad_direction(0.0, 1e-6, eps_placement="outside", lr_decay=0.1),
-        each(ref.adagrad_direction, 0.0, 1e-6, False, 0.1),
+        each(papers.adagrad_direction, 0.0, 1e-6, False, 0.1),
         "eps",
         laws=False,
     ),
     Row(
         "adadelta",
         lambda: jr.adadelta(WARMUP_COSINE, weight_decay=0.1),
-        chained(each(ref.adadelta_direction, 0.9, 1e-6), each(ref.step, warmup_cosine, 0.1)),
+        chained(each(papers.adadelta_direction, 0.9, 1e-6), each(ref.step, warmup_cosine, 0.1)),
         "rho",
         0.01,
     ),
     Row(
         "adadelta_direction",
         lambda: jr.adadelta_direction(0.95, 1e-4),
-        each(ref.adadelta_direction, 0.95, 1e-4),
+        each(papers.adadelta_direction, 0.95, 1e-4),
         "rho",
         laws=False,
     ),
@@ -107,8 +108,8 @@ ROWS = [
         "rmsprop",
         lambda: jr.rmsprop(WARMUP_COSINE, 0.9, 1e-10, 1.0, momentum=0.9, nesterov=True, weight_decay=0.1),
         chained(
-            each(ref.rmsprop_direction, 0.9, 1e-10, 1.0),
-            each(ref.momentum_inside, warmup_cosine, 0.9, True),
+            each(papers.rmsprop_direction, 0.9, 1e-10, 1.0),
+            each(papers.momentum_inside, warmup_cosine, 0.9, True),
             each(lambda: ref.pointwise(lambda u, p, alpha: u - alpha * 0.1 * p, warmup_cosine)),
         ),
         "rho",
@@ -120,7 +121,7 @@ ROWS = [
         lambda: jr.rmsprop(0.1, 0.95, 1e-4, centered=True, momentum=0.9, form="pytorch", weight_decay=0.1, decay="l2"),
         chained(
             each(ref.weight_decay, 0.1),
-            each(ref.rmsprop_direction, 0.95, 1e-4, centered=True),
+            each(papers.rmsprop_direction, 0.95, 1e-4, centered=True),
             each(ref.velocity, 0.9),
             each(ref.step, 0.1),
         ),
@@ -130,14 +131,14 @@ ROWS = [
     Row(
         "rmsprop_direction_outside",
         lambda: jr.rmsprop_direction(0.99, 1e-3, eps_placement="outside"),
-        each(ref.rmsprop_direction, 0.99, 1e-3, inside=False),
+        each(papers.rmsprop_direction, 0.99, 1e-3, inside=False),
         "eps",
         laws=False,
     ),
     Row(
         "rprop",
         lambda: jr.rprop(0.1, min_step_size=0.02, max_step_size=0.3),
-        each(ref.rprop, 0.1, 0.5, 1.2, 0.02, 0.3),
+        each(papers.rprop, 0.1, 0.5, 1.2, 0.02, 0.3),
         "learning_rate",
         0.1,
         complex=False,
@@ -145,7 +146,7 @@ ROWS = [
     Row(
         "rprop_warmup",
         lambda: jr.rprop(WARMUP_COSINE, 0.7, 1.5, 1e-3, 0.02),
-        each(ref.rprop, warmup_cosine, 0.7, 1.5, 1e-3, 0.02),
+        each(papers.rprop, warmup_cosine, 0.7, 1.5, 1e-3, 0.02),
         "eta_minus",
         0.01,
         complex=False,

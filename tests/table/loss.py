@@ -4,7 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import reference as ref
+from reference import core as ref
+from reference import loss as papers
 
 import jaxopt_rules as jr
 from jaxopt_rules.numerics import abs2, is_inexact, widened
@@ -18,7 +19,7 @@ def bowl(params):
 
 
 def searched(direction, search, *args, **kwargs):
-    return lambda: ref.searched(direction(), search(*args, **kwargs), ref.bowl)
+    return lambda: papers.searched(direction(), search(*args, **kwargs), papers.bowl)
 
 
 SEARCH = {"extra": {"value_fn": bowl}, "leafwise": False, "aligned": False}
@@ -27,7 +28,7 @@ ROWS = [
     Row(
         "polyak_direction",
         lambda: jr.polyak_direction(0.3, f_min=0.5, eps=0.1),
-        partial(ref.polyak, 2.0, 0.3, 1.0, 0.5, 0.1),
+        partial(papers.polyak, 2.0, 0.3, 1.0, 0.5, 0.1),
         "f_min",
         leafwise=False,
         extra={"value": 2.0},
@@ -36,7 +37,7 @@ ROWS = [
     Row(
         "polyak_sgd",
         lambda: jr.polyak_sgd(0.05, WARMUP_COSINE, f_min=1e5, variant="sps+"),
-        lambda: ref.uphill(ref.polyak(3e7, 0.05, warmup_cosine, 1e5, 0.0, True)),
+        lambda: papers.uphill(papers.polyak(3e7, 0.05, warmup_cosine, 1e5, 0.0, True)),
         "max_learning_rate",
         0.0005,
         leafwise=False,
@@ -45,7 +46,7 @@ ROWS = [
     Row(
         "lbfgs_direction",
         lambda: jr.chain(jr.lbfgs_direction(3, min_curvature=0.1), jr.step(WARMUP_COSINE)),
-        chained(partial(ref.lbfgs_direction, 3, min_curvature=0.1), each(ref.step, warmup_cosine)),
+        chained(partial(papers.lbfgs_direction, 3, min_curvature=0.1), each(ref.step, warmup_cosine)),
         None,
         0.01,
         leafwise=False,
@@ -54,7 +55,7 @@ ROWS = [
     Row(
         "lbfgs_fixed",
         lambda: jr.lbfgs(0.1, 3, linesearch=None, first="l1", min_curvature=0.01, skip="absolute"),
-        chained(partial(ref.lbfgs_direction, 3, "l1", 0.01, "absolute"), each(ref.step, 0.1)),
+        chained(partial(papers.lbfgs_direction, 3, "l1", 0.01, "absolute"), each(ref.step, 0.1)),
         "learning_rate",
         0.1,
         leafwise=False,
@@ -62,7 +63,7 @@ ROWS = [
     Row(
         "lbfgs",
         lambda: jr.lbfgs(memory_size=3, min_curvature=0.1),
-        searched(partial(ref.lbfgs_direction, 3, min_curvature=0.1), ref.strong_wolfe),
+        searched(partial(papers.lbfgs_direction, 3, min_curvature=0.1), papers.strong_wolfe),
         None,
         1.0,
         **SEARCH,
@@ -71,7 +72,7 @@ ROWS = [
     Row(
         "strong_wolfe",
         lambda: jr.chain(jr.normalize(), jr.strong_wolfe(0.1, curv_rtol=0.1)),
-        searched(partial(ref.normalize, 0.0), ref.strong_wolfe, 0.1, c2=0.1),
+        searched(partial(ref.normalize, 0.0), papers.strong_wolfe, 0.1, c2=0.1),
         None,
         1.0,
         thorough=True,
@@ -82,7 +83,7 @@ ROWS = [
     Row(
         "backtracking",
         lambda: jr.chain(jr.normalize(), jr.backtracking(slope_rtol=0.3, max_learning_rate=10.0)),
-        searched(partial(ref.normalize, 0.0), ref.backtracking, 0.3, longest=10.0),
+        searched(partial(ref.normalize, 0.0), papers.backtracking, 0.3, longest=10.0),
         None,
         1.0,
         **SEARCH,

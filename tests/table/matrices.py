@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-import reference as ref
+from reference import core as ref
+from reference import matrices as papers
 
 import jaxopt_rules as jr
 from table.row import ADAM, WARMUP_COSINE, Row, chained, each, warmup_cosine
@@ -24,7 +25,7 @@ def beside_reference(matrix: Callable[[], ref.Reference], *rest: Callable[[], re
 
 def muon_reference(learning_rate, weight_decay, beta=0.95, **choices) -> ref.Reference:
     return beside_reference(
-        chained(each(ref.muon_direction, beta, **choices), each(ref.step, learning_rate, weight_decay)),
+        chained(each(papers.muon_direction, beta, **choices), each(ref.step, learning_rate, weight_decay)),
         each(ref.adam_direction, **ADAM),
         each(ref.step, 0.01, 0.01),
     )
@@ -61,7 +62,7 @@ ROWS = [
         "muon_direction",
         lambda: beside(jr.muon_direction(momentum="debiased", polar="deepseek", scale="spectral"), jr.adam_direction()),
         lambda: beside_reference(
-            each(ref.muon_direction, 0.95, momentum="debiased", scale="spectral", triples=DEEPSEEK),
+            each(papers.muon_direction, 0.95, momentum="debiased", scale="spectral", triples=DEEPSEEK),
             each(ref.adam_direction, **ADAM),
         ),
         "beta",

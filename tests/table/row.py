@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import reference as ref
+from reference import core as ref
 
 import jaxopt_rules as jr
 

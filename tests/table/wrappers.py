@@ -3,7 +3,7 @@
 from functools import partial
 
 import numpy as np
-import reference as ref
+from reference import core as ref
 
 import jaxopt_rules as jr
 from table.row import ADAM, Row, chained, each, pointwise
