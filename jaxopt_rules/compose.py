@@ -1,10 +1,11 @@
 """Composition: rules one after another, and rules for a part of the leaves."""
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from jax.core import Tracer
 
 from jaxopt_rules import trees
 from jaxopt_rules.hyperparameters import Address
-from jaxopt_rules.lift import Clocked
-from jaxopt_rules.numerics import is_inexact, real, widened
+from jaxopt_rules.lift import Clocked, Leafwise, fits_in_a_row, in_a_row
+from jaxopt_rules.numerics import after, anew, is_inexact, real, widened
 from jaxopt_rules.rule import (
     Definition,
     Place,
@@ -86,10 +87,25 @@ class _Chain(Composed):
         columns = [[Share()] * len(leaves)] + [member.shares(paths, leaves) for _, member in self.members]
         return [reduce(Share.joined, column) for column in zip(*columns, strict=True)]
 
-    def _pack(self, states: list[Any]) -> Any:
-        return tuple(states) if self.names is None else dict(zip(self.names, states, strict=True))
+    @functools.cached_property
+    def steps(self) -> list[Rule]:
+        """Its members, where in place of a chain stand those of that."""
+        inner = [(rule, definition_of(rule)) for rule in self.rules]
+        return [step for rule, member in inner for step in (member.steps if isinstance(member, _Chain) else [rule])]
+
+    def _pack(self, states: Iterator[Any]) -> Any:
+        """The state from those of its steps."""
+        inner = [definition_of(rule) for rule in self.rules]
+        parts = [member._pack(states) if isinstance(member, _Chain) else next(states) for member in inner]
+        return tuple(parts) if self.names is None else dict(zip(self.names, parts, strict=True))
 
     def _unpack(self, state: Any) -> list[Any]:
+        """The states of its steps."""
+        inner = [definition_of(rule) for rule in self.rules]
+        parts = zip(inner, self._parts(state), strict=True)
+        return [s for member, part in parts for s in (member._unpack(part) if isinstance(member, _Chain) else [part])]
+
+    def _parts(self, state: Any) -> list[Any]:
         if self.names is None and isinstance(state, tuple) and len(state) == len(self.rules):
             return list(state)
         if self.names is not None and isinstance(state, dict) and state.keys() == set(self.names):
@@ -101,23 +117,45 @@ class _Chain(Composed):
         )
 
     def init(self, params: Any) -> Any:
-        return self._pack([rule.init(params) for rule in self.rules])
+        return self._pack(iter([rule.init(params) for rule in self.steps]))
 
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        states = self._unpack(state)
-        for i, rule in enumerate(self.rules):
-            grads, states[i] = rule.update(grads, states[i], params, **extra_for(rule, extra))
-        return grads, self._pack(states)
+        return self._through(grads, state, params, extra, applied=False)
 
     def apply(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        *hooks, last = self.rules
-        if not definition_of(last).gives_updates:
-            return super().apply(grads, state, params, extra)
-        states = self._unpack(state)
-        for i, rule in enumerate(hooks):
-            grads, states[i] = rule.update(grads, states[i], params, **extra_for(rule, extra))
-        params, states[-1] = last.apply(grads, states[-1], params, **extra_for(last, extra))
-        return params, self._pack(states)
+        return self._through(grads, state, params, extra, applied=True)
+
+    def _through(
+        self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any], *, applied: bool
+    ) -> tuple[Any, Any]:
+        """What comes out behind the last member, or, if `applied`, the parameters that it is added to."""
+        states, start = self._unpack(state), 0
+        for rules in _rows(self.steps):
+            stop = start + len(rules)
+            last = applied and stop == len(states)
+            grads, states[start:stop] = _together(rules, grads, states[start:stop], params, extra, applied=last)
+            start = stop
+        return grads, self._pack(iter(states))
+
+
+def _rows(rules: Iterable[Rule]) -> Iterator[list[Rule]]:
+    """Rules that act together: formulas for one array in a row, and all others by themselves."""
+    for together, group in itertools.groupby(rules, lambda rule: fits_in_a_row(definition_of(rule))):
+        members = list(group)
+        yield from [members] if together else [[rule] for rule in members]
+
+
+def _together(
+    rules: Sequence[Rule], grads: Any, states: Sequence[Any], params: Any, extra: Mapping[str, Any], *, applied: bool
+) -> tuple[Any, list[Any]]:
+    members, extras = [definition_of(rule) for rule in rules], [extra_for(rule, extra) for rule in rules]
+    if fits_in_a_row(members[0]):
+        return in_a_row(cast(list[Leafwise], members), grads, states, params, extras, applied=applied)
+    if applied and members[0].gives_updates:
+        result, state = rules[0].apply(grads, states[0], params, **extras[0])
+        return result, [state]
+    result, state = rules[0].update(grads, states[0], params, **extras[0])
+    return trees.apply_updates(params, result) if applied else result, [state]
 
 
 def _check_order(rules: tuple[Rule, ...]) -> None:
@@ -477,18 +515,31 @@ class _Cautious(Composed):
         return self.rule.init(params)
 
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        directions, state = self.rule.update(grads, state, params, **extra_for(self.rule, extra))
+        handed = extra_for(self.rule, extra)
+        directions, _ = self.rule.update(grads, state, params, **handed)
         ds, treedef = trees.flatten(directions)
         gs = trees.align(treedef, grads, "the gradients", "the directions")
-        masked = [None if d is None else _where_agreed(d, g) for d, g in zip(ds, gs, strict=True)]
+        shares = [None if d is None else _share(d, g) for d, g in zip(ds, gs, strict=True)]
+        # The directions once more, for the update: kept for it, they would be a copy of all parameters.
+        state = after([share for share in shares if share is not None], state)
+        directions, state = self.rule.update(*anew((grads, state, params)), **handed)
+        ds = treedef.flatten_up_to(directions)
+        masked = [None if d is None else _where_agreed(d, g, share) for d, g, share in zip(ds, gs, shares, strict=True)]
         return jax.tree.unflatten(treedef, masked), state
 
 
+def _agreed(d: jax.Array, g: jax.Array) -> jax.Array:
+    return (d * g.astype(d.dtype).conj()).real > 0
+
+
 @jax.jit
-def _where_agreed(d: jax.Array, g: jax.Array) -> jax.Array:
-    agreed = (d * g.astype(d.dtype).conj()).real > 0
-    share = jnp.mean(agreed, dtype=real(d.dtype)) if d.size else jnp.ones((), real(d.dtype))
-    return jnp.where(agreed, d, 0) / jnp.maximum(share, 1e-3)
+def _share(d: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.mean(_agreed(d, g), dtype=real(d.dtype)) if d.size else jnp.ones((), real(d.dtype))
+
+
+@jax.jit
+def _where_agreed(d: jax.Array, g: jax.Array, share: jax.Array) -> jax.Array:
+    return jnp.where(_agreed(d, g), d, 0) / jnp.maximum(share, 1e-3)
 
 
 @constructor

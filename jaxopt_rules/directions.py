@@ -4,14 +4,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxopt_rules import numerics, trees
 from jaxopt_rules.hooks import StatelessState
 from jaxopt_rules.hyperparameters import check
-from jaxopt_rules.lift import Leafwise, leafwise, lift, treewise
+from jaxopt_rules.lift import Leafwise, leafwise, lift
 from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.rule import Definition, Rule, Share, constructor
 from jaxopt_rules.schedules import Schedule
@@ -23,21 +22,15 @@ class TrustRatioState(NamedTuple):
     hyper: dict[str, Any]  # coefficient, eps, min_norm; max_ratio where there is one
 
 
-def _ratio(d: Array, p: Array, coefficient: Array, eps: Array, min_norm: Array) -> Array:
+def _ratio(d: Array, *, p: Array, coefficient: Array, eps: Array, min_norm: Array) -> Array:
     p_norm = jnp.maximum(numerics.norm(p), min_norm)
     d_norm = jnp.maximum(numerics.norm(d), min_norm)
     ratio = numerics.quotient(coefficient * p_norm, jnp.where(d_norm == 0, 0, d_norm + eps), otherwise=1)
     return jnp.where(p_norm == 0, 1, ratio)
 
 
-def _trust_ratio(d: Array, *, p: Array, coefficient: Array, eps: Array, min_norm: Array) -> Array:
-    return _ratio(d, p, coefficient, eps, min_norm) * d
-
-
-def _bounded_trust_ratio(
-    d: Array, *, p: Array, coefficient: Array, eps: Array, min_norm: Array, max_ratio: Array
-) -> Array:
-    return jnp.minimum(_ratio(d, p, coefficient, eps, min_norm), max_ratio) * d
+def _trust_ratio(d: Array, *, ratio: Array, max_ratio: Array | None = None) -> Array:
+    return (ratio if max_ratio is None else jnp.minimum(ratio, max_ratio)) * d
 
 
 @constructor
@@ -62,19 +55,19 @@ def trust_ratio(
       min_norm: the least value that both norms are taken to have.
       max_ratio: r_max, if there is one; 1 in the variant called LAMBC, `trust_clip` in timm.
 
-    Memory: none. Behind a direction XLA keeps one copy of it.
+    Memory: none.
 
     Differs from the LARS of the paper in the denominator, ‖∇L‖ + λ ‖θ‖ there, ‖∇L + λ θ‖ here; from timm in that
     every array has a ratio, also one without decay: `masked(trust_ratio(), where)` leaves out biases and norms.
     """
-    bound: dict[str, Any] = {} if max_ratio is None else {"max_ratio": max_ratio}
     return leafwise(
-        _bounded_trust_ratio if bound else _trust_ratio,
+        _trust_ratio,
         TrustRatioState,
+        sums={"ratio": _ratio},
         coefficient=coefficient,
         eps=eps,
         min_norm=min_norm,
-        **bound,
+        max_ratio=max_ratio,
     )
 
 
@@ -100,9 +93,12 @@ class NormalizeState(NamedTuple):
     hyper: dict[str, Any]  # eps
 
 
-def _normalize(ds: Any, *, eps: Array) -> Any:
-    factor = numerics.quotient(1, numerics.global_norm(ds) + eps, otherwise=0)
-    return jax.tree.map(lambda d: numerics.scale(factor, d), ds)
+def _over_norm(ds: Any, *, eps: Array) -> Array:
+    return numerics.quotient(1, numerics.global_norm(ds) + eps, otherwise=0)
+
+
+def _normalize(d: Array, *, factor: Array) -> Array:
+    return factor * d
 
 
 @constructor
@@ -113,9 +109,9 @@ def normalize(eps: float | Schedule = 0.0) -> Rule:
 
     As a hook in front of `step` it is normalized gradient descent. The norm is summed in float32 or wider.
 
-    Memory: none. Behind a direction XLA keeps one copy of it.
+    Memory: none.
     """
-    return treewise(_normalize, NormalizeState, eps=eps)
+    return leafwise(_normalize, NormalizeState, measures={"factor": _over_norm}, eps=eps)
 
 
 class ScaleByLeafRmsState(NamedTuple):
@@ -231,8 +227,10 @@ def scale_by_path(factors: Mapping[str | re.Pattern[str], float | Schedule]) -> 
         where=names,
         given={},
         static={},
+        measures={},
+        sums={},
         metrics=(),
-        wants=frozenset(),
+        wants=frozenset(names),
         stands="anywhere",
         ordered=False,
         extra=frozenset(),

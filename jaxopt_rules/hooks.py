@@ -67,10 +67,12 @@ def _clipping_factor(norm: Array, max_norm: Array) -> Array:
     return jnp.minimum(1, max_norm / (norm + 1e-6))
 
 
-def _clip_by_global_norm(grads: Any, *, max_norm: Array) -> tuple[Any, dict[str, Array]]:
-    norm = numerics.global_norm(grads)
-    factor = _clipping_factor(norm, max_norm)
-    return jax.tree.map(lambda g: numerics.scale(factor, g), grads), {"grad_norm": norm}
+def _global_clipping_factor(*, grad_norm: Array, max_norm: Array) -> Array:
+    return _clipping_factor(grad_norm, max_norm)
+
+
+def _clip(g: Array, *, factor: Array) -> Array:
+    return factor * g
 
 
 @constructor
@@ -89,7 +91,13 @@ def clip_by_global_norm(max_norm: float | Schedule) -> Rule:
 
     Differs from Optax, which leaves a norm of exactly c alone and divides every element.
     """
-    return treewise(_clip_by_global_norm, ClipState, metrics=("grad_norm",), max_norm=max_norm)
+    return leafwise(
+        _clip,
+        ClipState,
+        measures={"grad_norm": numerics.global_norm, "factor": _global_clipping_factor},
+        metrics=("grad_norm",),
+        max_norm=max_norm,
+    )
 
 
 clip_grad = clip_by_global_norm
@@ -100,8 +108,8 @@ class ClipByLeafNormState(NamedTuple):
     hyper: dict[str, Any]  # max_norm
 
 
-def _clip_by_leaf_norm(g: Array, *, max_norm: Array) -> Array:
-    return _clipping_factor(numerics.norm(g), max_norm) * g
+def _clip_by_leaf_norm(g: Array, *, norm: Array, max_norm: Array) -> Array:
+    return _clipping_factor(norm, max_norm) * g
 
 
 @constructor
@@ -117,7 +125,7 @@ def clip_by_leaf_norm(max_norm: float | Schedule) -> Rule:
 
     Differs from Keras (`clipnorm`) by the 1e-6.
     """
-    return leafwise(_clip_by_leaf_norm, ClipByLeafNormState, max_norm=max_norm)
+    return leafwise(_clip_by_leaf_norm, ClipByLeafNormState, sums={"norm": numerics.norm}, max_norm=max_norm)
 
 
 class ClipByBlockRmsState(NamedTuple):
@@ -130,8 +138,8 @@ def _bounded(norm: Array, bound: Array) -> Array:
     return 1 / jnp.maximum(1, norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny))
 
 
-def _clip_by_block_rms(g: Array, *, threshold: Array) -> Array:
-    return _bounded(numerics.rms(g), threshold) * g
+def _clip_by_block_rms(g: Array, *, rms: Array, threshold: Array) -> Array:
+    return _bounded(rms, threshold) * g
 
 
 @constructor
@@ -142,9 +150,9 @@ def clip_by_block_rms(threshold: float | Schedule) -> Rule:
 
     The paper clips the update of Adafactor by it (c = 1): it also stands behind a direction.
 
-    Memory: none. Behind a direction XLA keeps one copy of it.
+    Memory: none.
     """
-    return leafwise(_clip_by_block_rms, ClipByBlockRmsState, threshold=threshold)
+    return leafwise(_clip_by_block_rms, ClipByBlockRmsState, sums={"rms": numerics.rms}, threshold=threshold)
 
 
 class ClipByValueState(NamedTuple):
@@ -164,7 +172,7 @@ def clip_by_value(max_value: float | Schedule) -> Rule:
 
     An infinite element becomes ±c, a NaN stays one. Complex gradients are refused.
 
-    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps one clipped copy of all gradients.
+    Memory: none.
     """
     return leafwise(_clip_by_value, ClipByValueState, ordered=True, max_value=max_value)
 
@@ -196,14 +204,18 @@ class AdaptiveGradClipState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _AdaptiveGradClip:
+class _UnitFactor:
     axis: Axis
 
-    def __call__(self, g: Array, *, p: Array, clipping: Array | None, eps: Array) -> Array:
+    def __call__(self, g: Array, *, p: Array, clipping: Array | None, eps: Array) -> Array | None:
         if clipping is None:
-            return g
+            return None
         axes = _unit_axes(g, self.axis)
-        return _bounded(numerics.norm(g, axes), clipping * jnp.maximum(numerics.norm(p, axes), eps)) * g
+        return _bounded(numerics.norm(g, axes), clipping * jnp.maximum(numerics.norm(p, axes), eps))
+
+
+def _adaptive_grad_clip(g: Array, *, factor: Array | None) -> Array:
+    return g if factor is None else factor * g
 
 
 @constructor
@@ -234,8 +246,9 @@ def adaptive_grad_clip(
     """
     _check_axis(axis, "adaptive_grad_clip")
     return leafwise(
-        _AdaptiveGradClip(_frozen_axis(axis)),
+        _adaptive_grad_clip,
         AdaptiveGradClipState,
+        sums={"factor": _UnitFactor(_frozen_axis(axis))},
         where={"clipping": where},
         clipping=clipping,
         eps=eps,
@@ -252,12 +265,16 @@ def _frozen_axis(axis: Axis) -> Axis:
 
 
 @dataclass(frozen=True)
-class _Centralize:
+class _UnitMean:
     axis: Axis
 
-    def __call__(self, g: Array) -> Array:
+    def __call__(self, g: Array) -> Array | None:
         axes = _unit_axes(g, self.axis)
-        return g if axes is None else g - jnp.mean(g, axes, keepdims=True)
+        return None if axes is None else jnp.mean(g, axes, keepdims=True)
+
+
+def _centralize(g: Array, *, mean: Array | None) -> Array:
+    return g if mean is None else g - mean
 
 
 @constructor
@@ -269,17 +286,21 @@ def centralize(axis: Axis = None) -> Rule:
     A unit is what feeds one output: all axes but the last, where JAX's layers have their outputs. `axis` names the
     axes that the mean is taken over instead. Vectors and scalars pass unchanged.
 
-    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps one centralized copy of all gradients.
+    Memory: none.
 
     Differs from Optax, which takes the mean over all axes but the first: the layout of PyTorch, here `axis=1` for
     matrices, `axis=(1, 2, 3)` for `OIHW`.
     """
     _check_axis(axis, "centralize")
-    return leafwise(_Centralize(_frozen_axis(axis)), StatelessState)
+    return leafwise(_centralize, StatelessState, sums={"mean": _UnitMean(_frozen_axis(axis))})
 
 
-def _zero_nonfinite(g: Array) -> Array:
-    return jnp.where(jnp.isfinite(g), g, 0)
+def _infinity() -> Array:
+    return jnp.array(jnp.inf)
+
+
+def _zero_nonfinite(g: Array, *, infinity: Array) -> Array:
+    return jnp.where(jnp.abs(g) < infinity, g, 0)
 
 
 @constructor
@@ -290,11 +311,12 @@ def zero_nonfinite() -> Rule:
 
     The other elements take their step. A step that is not to be taken at all is for `skip_nonfinite`.
 
-    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps one copy of all gradients.
+    Memory: none.
 
     Differs from Optax's `zero_nans`, which lets infinities pass and records where there were NaNs.
     """
-    return leafwise(_zero_nonfinite, StatelessState)
+    # Measured, and so a number of its own for each time that this is computed: a norm behind it is to have its own.
+    return leafwise(_zero_nonfinite, StatelessState, measures={"infinity": _infinity})
 
 
 class AddNoiseState(NamedTuple):

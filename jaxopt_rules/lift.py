@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxopt_rules import trees
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
-from jaxopt_rules.numerics import is_inexact, real, widened
+from jaxopt_rules.numerics import after, anew, is_inexact, real, widened
 from jaxopt_rules.rule import Definition, Place, Share, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector, check_selector, select
@@ -74,14 +74,34 @@ def _born(birth: Callable[..., Any], p: Any, known: Mapping[str, Any]) -> Any:
 
 
 class _Leaves(NamedTuple):
-    """The arguments of an update, flattened and matched leaf by leaf."""
+    """Gradients and parameters, flattened and matched leaf by leaf."""
 
     treedef: Structure
     gs: list[Any]
-    ps: list[Any]  # all None where no parameters were given
-    slots: list[list[Any]]  # slots[i][k]: slot i of leaf k
+    ps: list[Any]
+    alone: bool  # no parameters were given, and `ps` are all None
     present: list[bool]  # whether leaf k takes part
     paths: Callable[[], list[str]]
+
+    def present_only(self, column: Sequence[Any]) -> Any:
+        """A tree of one value per leaf, `None` for those that take no part."""
+        kept = [x if present else None for x, present in zip(column, self.present, strict=True)]
+        return jax.tree.unflatten(self.treedef, kept)
+
+
+def matched(grads: Any, params: Any) -> _Leaves:
+    """Gradients and parameters leaf by leaf.
+
+    Raises:
+      ValueError, TypeError: they do not belong together; names the path.
+    """
+    gs, treedef = trees.flatten(grads)
+    ps = [None] * len(gs) if params is None else trees.align(treedef, params, "the parameters")
+    paths = functools.lru_cache(lambda: trees.paths(grads))
+    for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
+        trees.check_gradient(lambda k=k: paths()[k], g, p)
+    present = [is_inexact(g) and (params is None or is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
+    return _Leaves(treedef, gs, ps, params is None, present, paths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +179,8 @@ class Lift(Clocked):
     where: Mapping[str, Selector | None]
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]]
     static: Mapping[str, Any]
+    measures: Mapping[str, Callable[..., Any]]  # by the keyword of `function`: what is computed once for all leaves
+    sums: Mapping[str, Callable[..., Any]]  # by the keyword of `function`: what is computed of a leaf before
     metrics: tuple[str, ...]
     wants: frozenset[str]  # the keyword-only arguments of `function`
     stands: Place
@@ -175,7 +197,7 @@ class Lift(Clocked):
 
     @property
     def remembers(self) -> bool:
-        memory = self.births or self.shared or self.wants & {"t", "key"}
+        memory = self.births or self.shared or self.asked & {"t", "key"}
         return bool(memory) or any(map(callable, self.hyper.values()))
 
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
@@ -207,35 +229,37 @@ class Lift(Clocked):
         given = {name: function(paths, leaves) for name, function in self.given.items()}
         return lambda k: {name: values[k] for name, values in given.items()}
 
-    def _begin(self, grads: Any, state: Any, params: Any) -> _Leaves:
+    @functools.cached_property
+    def asked(self) -> frozenset[str]:
+        """What the function, a measure or a sum asks for."""
+        return self.wants.union(*map(_keywords_of, (*self.measures.values(), *self.sums.values())))
+
+    def _slots(self, at: _Leaves, state: Any) -> list[list[Any]]:
+        """The slots, slots[i][k] for slot i of leaf k, and whether all is there that the function asks for."""
         self.check_state(state)
-        if params is None and "p" in self.wants:
+        if "p" in self.asked and at.alone:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
-        gs, treedef = trees.flatten(grads)
-        ps = [None] * len(gs) if params is None else trees.align(treedef, params, "the parameters")
-        slots = [trees.align(treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
-        paths = functools.lru_cache(lambda: trees.paths(grads))
-        present = [is_inexact(g) and (params is None or is_inexact(p)) for g, p in zip(gs, ps, strict=True)]
-        for k, (g, p) in enumerate(zip(gs, ps, strict=True)):
-            trees.check_gradient(lambda k=k: paths()[k], g, p)
-            if self.ordered and present[k] and jnp.iscomplexobj(g):
+        slots = [trees.align(at.treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
+        for k, g in enumerate(at.gs):
+            if not at.present[k]:
+                continue
+            if self.ordered and jnp.iscomplexobj(g):
                 raise TypeError(
-                    f"{self.name} compares numbers, which complex ones do not allow: {trees.quoted(paths()[k])} is "
+                    f"{self.name} compares numbers, which complex ones do not allow: {trees.quoted(at.paths()[k])} is "
                     f"{g.dtype}; train its real and imaginary part, or leave it to another rule (partition)"
                 )
-            for (slot, birth), values in zip(self.births.items(), slots, strict=True):
-                alike = birth in (zeros, real_zeros, copied)
-                if present[k] and values[k] is not None and alike and values[k].shape != g.shape:
+            for (slot, birth), column in zip(self.births.items(), slots, strict=True):
+                if column[k] is None:
                     raise ValueError(
-                        f"{self.name}: the gradient at {trees.quoted(paths()[k])} has shape {g.shape}, "
-                        f"the state's {slot} has shape {values[k].shape}"
-                    )
-                if present[k] and values[k] is None:
-                    raise ValueError(
-                        f"{self.name}: the state has no {slot} for {trees.quoted(paths()[k])}: it was no trainable "
+                        f"{self.name}: the state has no {slot} for {trees.quoted(at.paths()[k])}: it was no trainable "
                         "array when init ran; init again with the parameters that are trained now"
                     )
-        return _Leaves(treedef, gs, ps, slots, present, paths)
+                if birth in (zeros, real_zeros, copied) and column[k].shape != g.shape:
+                    raise ValueError(
+                        f"{self.name}: the gradient at {trees.quoted(at.paths()[k])} has shape {g.shape}, "
+                        f"the state's {slot} has shape {column[k].shape}"
+                    )
+        return slots
 
     def _per_leaf(self, at: _Leaves, model: Any) -> Callable[[int], dict[str, Any]]:
         """For leaf k, what its formula is `given`, and `None` for hyperparameters that `where` does not grant it."""
@@ -264,9 +288,26 @@ class Lift(Clocked):
         """The next count; what the function asks for of the rule as a whole; the hyperparameters to be stored."""
         count = advanced(state.count)
         values, stored = self.values(state)
-        values |= {"t": count.astype(jnp.result_type(float))} if "t" in self.wants else {}
+        values |= {"t": count.astype(jnp.result_type(float))} if "t" in self.asked else {}
         values |= {"key": jax.random.fold_in(state.key, state.count)} if "key" in self.wants else {}
         return count, values, stored
+
+    def _measured(self, grads: Callable[[], Any], whole: dict[str, Any], p: Any) -> dict[str, Any]:
+        """`whole`, and what the measures say of these gradients, one after another."""
+        known = whole | {"p": p}
+        for name, measure in self.measures.items():
+            seen = [grads()] if _positional_of(measure) else []
+            value = measure(*seen, **{asked: known[asked] for asked in _keywords_of(measure)})
+            # Else XLA would compute it once more in the loop over each leaf, and compile that as often.
+            known[name] = lax.optimization_barrier(value)
+        return {name: value for name, value in known.items() if name != "p"}
+
+    def _recorded(self, state: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The field of the state for what is recorded."""
+        if not self.metrics:
+            return {}
+        # Copies: what is recorded may also be memory, or an argument of the caller's.
+        return {"metrics": {name: jnp.array(values[name], state.metrics[name].dtype) for name in self.metrics}}
 
     def _kept(self, state: Any) -> dict[str, Any]:
         """Fields of the state that no update changes."""
@@ -280,43 +321,172 @@ class Lift(Clocked):
 
 class Leafwise(Lift):
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        at = self._begin(grads, state, params)
-        count, whole, hyper = self._advance(state)
-        whole |= self._extra(extra)
-        like = at.gs if params is None else at.ps
-        own = self._per_leaf(at, grads if params is None else params)
-        outs: list[Any] = [None] * len(at.gs)
-        slots = [list(column) for column in at.slots]
-        for k in (k for k, present in enumerate(at.present) if present):
-            mine = whole | own(k)
-            mine |= {"p": at.ps[k]} if "p" in self.wants else {}
-            if "key" in self.wants:
-                # By path, so that a leaf's noise does not depend on what other leaves there are.
-                mine["key"] = jax.random.fold_in(whole["key"], zlib.crc32(at.paths()[k].encode()))
-            old = [column[k] for column in slots]
-            outs[k], new = _on_leaf(self.function, at.gs[k], old, mine, self._forms, like[k].dtype)
-            for column, value in zip(slots, new, strict=True):
-                column[k] = value
-        grown = {slot: jax.tree.unflatten(at.treedef, column) for slot, column in zip(self.births, slots, strict=True)}
-        new_state = self.State(count=count, hyper=hyper, **self._kept(state), **grown)
-        return jax.tree.unflatten(at.treedef, outs), new_state
+        updates, (new_state,) = in_a_row([self], grads, [state], params, [extra])
+        return updates, new_state
+
+    def apply(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        params, (new_state,) = in_a_row([self], grads, [state], params, [extra], applied=True)
+        return params, new_state
+
+
+def fits_in_a_row(rule: Definition) -> bool:
+    """Whether a rule can be one of those that `in_a_row` takes: it is a formula for one array and nothing else."""
+    return isinstance(rule, Leafwise) and type(rule).apply is Leafwise.apply
+
+
+def in_a_row(
+    rules: Sequence[Leafwise],
+    grads: Any,
+    states: Sequence[Any],
+    params: Any,
+    extras: Sequence[Mapping[str, Any]],
+    *,
+    applied: bool = False,
+) -> tuple[Any, list[Any]]:
+    """Formulas for one array, one after another: each leaf goes through all of them in one compiled function.
+
+    Returns:
+      What the last of them gives, or, if `applied`, the parameters that it is added to; and the new states.
+    """
+    at = matched(grads, params)
+    model = grads if params is None else params
+    parts = [_Part(rule, at, state, model, extra) for rule, state, extra in zip(rules, states, extras, strict=True)]
+    behind = False  # whether formulas have run before, for a measure of what they give
+    for i, part in enumerate(parts):
+        done = part.measure(lambda i=i, behind=behind: _passed(parts[:i], at, behind))
+        if i > 0 and done:
+            behind = True
+            for each in parts:
+                each.wait_for(done)
+    outs = list(at.ps) if applied else [None] * len(at.gs)
+    for k in (k for k, present in enumerate(at.present) if present):
+        outs[k], new = _on_leaf(parts, at, k, behind, applied=applied)
+        for part, slots in zip(parts, new, strict=True):
+            part.put(k, slots)
+    return jax.tree.unflatten(at.treedef, outs), [part.new_state() for part in parts]
+
+
+def _passed(parts: Sequence["_Part"], at: _Leaves, behind: bool) -> Any:
+    """What comes out of these, a tree in which the absent are `None`."""
+    if not parts:
+        return at.present_only(at.gs)
+    column = [_on_leaf(parts, at, k, behind)[0] if present else None for k, present in enumerate(at.present)]
+    return jax.tree.unflatten(at.treedef, column)
+
+
+class _Part:
+    """One of the rules in a row, within one update."""
+
+    def __init__(self, rule: Leafwise, at: _Leaves, state: Any, model: Any, extra: Mapping[str, Any]) -> None:
+        self.rule, self.at, self.state = rule, at, state
+        self.old = rule._slots(at, state)
+        self.new = [list(column) for column in self.old]
+        self.count, whole, self.hyper = rule._advance(state)
+        self.whole = whole | rule._extra(extra)
+        self.own = rule._per_leaf(at, model)
+        self.scalars: dict[jnp.dtype, dict[str, Any]] = {}  # for formulas in this precision
+
+    def measure(self, grads: Callable[[], Any]) -> list[Array]:
+        """Takes the measures, and returns those of gradients."""
+        p = self.at.present_only(self.at.ps) if "p" in self.rule.asked else None
+        self.whole = self.rule._measured(grads, self.whole, p)
+        return [self.whole[name] for name, measure in self.rule.measures.items() if _positional_of(measure)]
+
+    def wait_for(self, done: Sequence[Array]) -> None:
+        self.whole, self.scalars = after(done, self.whole), {}
+
+    def slots(self, k: int) -> list[Any]:
+        return [column[k] for column in self.old]
+
+    def put(self, k: int, slots: Sequence[Any]) -> None:
+        for column, value in zip(self.new, slots, strict=True):
+            column[k] = value
+
+    def formula(self, k: int) -> tuple["_Formula", dict[str, Any]]:
+        """The formula for leaf k, and the keywords that are traced."""
+        g, like = self.at.gs[k], self.at.gs[k] if self.at.ps[k] is None else self.at.ps[k]
+        slot_dtypes = [x.dtype for x in jax.tree.leaves(self.slots(k)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(like.dtype)
+        if jnp.issubdtype(g.dtype, jnp.complexfloating):
+            wide = jnp.promote_types(wide, jnp.complex64)
+        keywords = self._in(real(wide)) | {
+            name: value if _is_static(value) or value is None else jnp.asarray(value, real(wide))
+            for name, value in self.own(k).items()
+        }
+        if "key" in self.rule.wants:
+            # By path, so that a leaf's noise does not depend on what other leaves there are.
+            keywords["key"] = jax.random.fold_in(self.whole["key"], zlib.crc32(self.at.paths()[k].encode()))
+        known = self.rule._forms + tuple((name, value) for name, value in keywords.items() if _is_static(value))
+        traced = {name: value for name, value in keywords.items() if not _is_static(value)}
+        function = self.rule.function
+        sums = tuple((name, weakref.ref(total)) for name, total in self.rule.sums.items())
+        formula = _Formula(weakref.ref(function), _name_of(function), jnp.dtype(wide), known, sums)
+        return formula, traced
+
+    def _in(self, dtype: Any) -> dict[str, Any]:
+        """What is the same for all leaves, numbers in this precision."""
+        if dtype not in self.scalars:
+            wanted = {name: value for name, value in self.whole.items() if name in self.rule.asked and name != "key"}
+            self.scalars[dtype] = {
+                name: value if value is None else jnp.asarray(value).astype(dtype) for name, value in wanted.items()
+            }
+        return self.scalars[dtype]
+
+    def new_state(self) -> Any:
+        grown = {
+            slot: jax.tree.unflatten(self.at.treedef, column)
+            for slot, column in zip(self.rule.births, self.new, strict=True)
+        }
+        fields = self.rule._kept(self.state) | self.rule._recorded(self.state, self.whole)
+        return self.rule.State(count=self.count, hyper=self.hyper, **fields, **grown)
 
 
 def _on_leaf(
-    leaf: Callable[..., Any],
-    g: Any,
-    slots: list[Any],
-    keywords: Mapping[str, Any],
-    forms: tuple[tuple[str, Any], ...],
-    dtype: Any,
-) -> Any:
-    slot_dtypes = [x.dtype for x in jax.tree.leaves(slots) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(dtype)
-    if jnp.issubdtype(g.dtype, jnp.complexfloating):
-        wide = jnp.promote_types(wide, jnp.complex64)
-    known = forms + tuple((name, value) for name, value in keywords.items() if _is_static(value))
-    traced = {name: value for name, value in keywords.items() if not _is_static(value)}
-    return _compiled_leaf(leaf, jnp.dtype(wide))(g, slots, traced, known)
+    parts: Sequence[_Part], at: _Leaves, k: int, behind: bool, *, applied: bool = False
+) -> tuple[Any, list[Any]]:
+    formulas, keywords = zip(*(part.formula(k) for part in parts), strict=True)
+    p = at.ps[k] if applied or any("p" in part.rule.asked for part in parts) else None
+    arrays = at.gs[k], p, [part.slots(k) for part in parts]
+    arrays = anew(arrays) if behind else arrays
+    return _compiled_row(*(formula.name for formula in formulas))(*arrays, list(keywords), formulas, applied)
+
+
+class _Formula(NamedTuple):
+    """A leaf function and all that is known when it is traced."""
+
+    function: Any  # a weak reference: no compiled function keeps a leaf function alive
+    name: str
+    wide: Any  # the precision of its arithmetic
+    known: tuple[tuple[str, Any], ...]
+    sums: tuple[tuple[str, Any], ...]  # by keyword, weak references to the functions
+
+    def __call__(
+        self, g: Array, p: Any, slots: list[Any], keywords: Mapping[str, Any]
+    ) -> tuple[Array, tuple[Any, ...]]:
+        function = self.function()
+        result = function(g.astype(self.wide), *slots, **self._asked_by(function, p, keywords))
+        out, new = _parts(self.name, result, len(slots))
+        out = jnp.asarray(out, self.wide)
+        if out.shape != g.shape:
+            raise ValueError(f"{self.name} gave a result of shape {out.shape} for a gradient of shape {g.shape}")
+        return out, tuple(_as_before(self.name, x, old) for x, old in zip(new, slots, strict=True))
+
+    def summed(self, g: Array, p: Any, slots: list[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The sums over this array, by keyword."""
+        found = {}
+        for name, ref in self.sums:
+            total = ref()
+            read = slots if len(_positional_of(total)) > 1 else []
+            found[name] = total(g.astype(self.wide), *read, **self._asked_by(total, p, {**keywords, **found}))
+        return found
+
+    def _asked_by(self, function: Callable[..., Any], p: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        known = {**keywords, **dict(self.known)}
+        asked = inspect.signature(function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked):
+            return known
+        known |= {} if p is None else {"p": p.astype(self.wide)}
+        return {name: known[name] for name in _keywords_of(function) if name in known}
 
 
 def _is_static(value: Any) -> bool:
@@ -325,39 +495,55 @@ def _is_static(value: Any) -> bool:
     return not number and value is not None
 
 
-# By the function that was compiled, which may go: nothing here keeps it alive.
-_compiled: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+@functools.cache
+def _compiled_row(*names: str) -> Callable[..., Any]:
+    """`_row` under the names of its formulas, traced once for each shape.
 
-
-def _compiled_leaf(leaf: Callable[..., Any], wide: jnp.dtype) -> Callable[..., Any]:
-    """The leaf function in slot precision, traced once for each shape.
-
-    Within an outer `jax.jit` this keeps one copy of the formula per shape in the program, not one per leaf.
+    Within an outer `jax.jit` this keeps one copy of the formulas per shape in the program, not one per leaf.
     """
-    by_dtype = _compiled.setdefault(leaf, {})
-    if wide not in by_dtype:
-        by_dtype[wide] = _compile_leaf(weakref.ref(leaf), wide, _name_of(leaf))
-    return by_dtype[wide]
+
+    def row(
+        g: Array, p: Any, slots: list[Any], keywords: list[Any], formulas: Sequence[_Formula], applied: bool
+    ) -> tuple[Array, list[Any]]:
+        out, new = _row(formulas, g, p, slots, keywords)
+        return trees.added(p, out) if applied else out, new
+
+    row.__name__ = "_".join(name.strip("_") for name in names)
+    return jax.jit(row, static_argnums=(4, 5))
 
 
-def _compile_leaf(leaf_ref: Callable[[], Any], wide: jnp.dtype, name: str) -> Callable[..., Any]:
-    scalar = real(wide)
+def _row(
+    formulas: Sequence[_Formula], g: Array, p: Any, slots: list[Any], keywords: list[Any]
+) -> tuple[Array, list[Any]]:
+    for i, formula in enumerate(formulas):
+        if formula.sums:
+            x, _ = _one_after_another(formulas[:i], g, p, slots, keywords)
+            keywords = list(keywords)
+            sums = formula.summed(x, p, slots[i], keywords[i])
+            keywords = after(jax.tree.leaves(sums), keywords)
+            keywords[i] |= sums
+            g, p, slots = anew((g, p, slots))
+    return _one_after_another(formulas, g, p, slots, keywords)
 
-    def call(g: Array, slots: list[Any], keywords: dict[str, Any], known: Any) -> tuple[Array, tuple[Any, ...]]:
-        dtypes = dict.fromkeys(keywords, scalar) | {"p": wide}
-        cast_keywords = {
-            key: value if value is None or key == "key" else jnp.asarray(value).astype(dtypes[key])
-            for key, value in keywords.items()
-        }
-        result = leaf_ref()(g.astype(wide), *slots, **cast_keywords, **dict(known))
-        out, new = _parts(name, result, len(slots))
-        out = jnp.asarray(out, wide)
-        if out.shape != g.shape:
-            raise ValueError(f"{name} gave a result of shape {out.shape} for a gradient of shape {g.shape}")
-        return out, tuple(_as_before(name, x, old) for x, old in zip(new, slots, strict=True))
 
-    call.__name__ = name.lstrip("_")
-    return jax.jit(call, static_argnames="known")
+def _one_after_another(
+    formulas: Sequence[_Formula], g: Array, p: Any, slots: list[Any], keywords: list[Any]
+) -> tuple[Array, list[Any]]:
+    new = []
+    for formula, old, known in zip(formulas, slots, keywords, strict=False):
+        g, slot = formula(g, p, old, known)
+        new.append(slot)
+    return g, new
+
+
+def _keywords_of(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _positional_of(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -388,26 +574,21 @@ def _as_before(name: str, slot: Any, before: Any) -> Any:
 
 class Treewise(Lift):
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        at = self._begin(grads, state, params)
+        at = matched(grads, params)
+        slots = dict(zip(self.births, self._slots(at, state), strict=True))
         count, keywords, hyper = self._advance(state)
         keywords |= self._extra(extra)
-
-        def present_only(column: Sequence[Any]) -> Any:
-            kept = [x if present else None for x, present in zip(column, at.present, strict=True)]
-            return jax.tree.unflatten(at.treedef, kept)
-
         if "p" in self.wants:
-            keywords["p"] = present_only(at.ps)
+            keywords["p"] = at.present_only(at.ps)
         own = self._per_leaf(at, grads if params is None else params)
         for name in self.where:
-            keywords[name] = present_only([own(k).get(name, keywords[name]) for k in range(len(at.gs))])
+            keywords[name] = at.present_only([own(k).get(name, keywords[name]) for k in range(len(at.gs))])
         # Extra arguments may be functions, which nothing compiled can take.
         function = self.function if self.extra else _compiled_tree(self.function, self._forms)
         keywords |= dict(self._forms) if self.extra else {}
-        slots = dict(zip(self.births, at.slots, strict=True))
         memory = [name for name in self.State._fields if name in slots or name in self.shared]
-        old = [present_only(slots[name]) if name in slots else getattr(state, name) for name in memory]
-        result = function(present_only(at.gs), *old, **keywords)
+        old = [at.present_only(slots[name]) if name in slots else getattr(state, name) for name in memory]
+        result = function(at.present_only(at.gs), *old, **keywords)
         parts = list(result) if memory or self.metrics else [result]
         fields = self._kept(state)
         for name, new in zip(memory, parts[1] if memory else (), strict=True):
@@ -421,11 +602,12 @@ class Treewise(Lift):
                 )
             ]
             fields[name] = jax.tree.unflatten(at.treedef, column)
-        if self.metrics:
-            recorded = parts[-1]
-            # Copies: what is recorded may also be memory, or an argument of the caller's.
-            fields["metrics"] = {name: jnp.array(recorded[name], state.metrics[name].dtype) for name in self.metrics}
+        fields |= self._recorded(state, parts[-1] if self.metrics else {})
         return parts[0], self.State(count=count, hyper=hyper, **fields)
+
+
+# By the function that was compiled, which may go: nothing here keeps it alive.
+_compiled: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def _compiled_tree(function: Callable[..., Any], known: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -445,6 +627,9 @@ def leafwise(
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
     static: Mapping[str, Any] | None = None,
+    measures: Mapping[str, Callable[..., Any]] | None = None,
+    sums: Mapping[str, Callable[..., Any]] | None = None,
+    metrics: Sequence[str] = (),
     key: Any = None,
     extra: Sequence[str] = (),
     place: Place = "front",
@@ -464,10 +649,11 @@ def leafwise(
         wider) and returns the result and a tuple of the new slots; without slots, the result alone. Its positional
         arguments after the first are the slots, in the order of the state's fields. Its keyword-only arguments are all
         that it may read: hyperparameters, `t` (number of this update, from 1), `p` (the parameter), `key` (random,
-        another one in each update and for each path), what it is `given`, what is `static`, and extra arguments. Where
-        it asks for `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1. A hyperparameter that it has
-        a default for may be missing, or `None`; the state then has none of that name.
-      State: a NamedTuple with the fields `count`, `hyper`, `key` if the leaf function asks for one, and the slots.
+        another one in each update and for each path), what it is `given`, what is `static`, what `measures` say, and
+        extra arguments. Where it asks for `one_minus_b1` and the hyperparameter is `b1`, the state stores 1 − b1. A
+        hyperparameter that it has a default for may be missing, or `None`; the state then has none of that name.
+      State: a NamedTuple with the fields `count`, `hyper`, `key` if the leaf function asks for one, the slots, and
+        `metrics` if values are recorded.
       slots: how a slot is born from a parameter, for slots that are not zeros like it: `{"v": real_zeros}`. A slot may
         have any shape, or be a tree of arrays. A birth that has an argument of the name of what leaves are `given`
         receives it.
@@ -477,6 +663,14 @@ def leafwise(
         hashable, and is known when the formula is traced.
       static: hashable values that are no hyperparameters, such as the name of a form of the formula: known when it is
         traced, the same for all leaves, and also for births that have an argument of the name.
+      measures: scalars that are the same for all leaves, computed once and in this order: by keyword of the leaf
+        function, a function that may ask for what the leaf function may (`p` being the tree of them), and for what was
+        measured before. Where it has a positional argument, that is the tree of gradients, in their own precision:
+        `{"grad_norm": global_norm, "factor": lambda *, grad_norm, max_norm: ...}`.
+      sums: norms and the like of one leaf that its formula needs first: by keyword of the leaf function, a function of
+        its first argument, or of all its positional ones, that may ask for what it may: `{"d_norm": norm}`. Written
+        inside the formula, a sum over what the result is made of makes XLA keep that in memory.
+      metrics: the names of those measures that are recorded, and that `metrics(state)` collects.
       key: a seed, or a typed PRNG key (`jax.random.key`); it stays in the state as it is.
       extra: names of extra arguments of `update` that the leaf function asks for.
       place: where in a chain the rule stands: in "front" of the member that makes updates, as hooks and directions do;
@@ -498,6 +692,9 @@ def leafwise(
         where=where,
         given=given,
         static=static,
+        measures=measures,
+        sums=sums,
+        metrics=metrics,
         key=key,
         extra=extra,
         place=place,
@@ -569,6 +766,8 @@ def lift(
     where: Mapping[str, Selector | None] | None = None,
     given: Mapping[str, Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]] | None = None,
     static: Mapping[str, Any] | None = None,
+    measures: Mapping[str, Callable[..., Any]] | None = None,
+    sums: Mapping[str, Callable[..., Any]] | None = None,
     metrics: Sequence[str] = (),
     key: Any = None,
     extra: Sequence[str] = (),
@@ -578,12 +777,12 @@ def lift(
     """What `leafwise` and `treewise` do, for a lift of this kind."""
     fields = State._fields
     births, shared, where, given, static = births or {}, shared or {}, where or {}, given or {}, static or {}
+    measures, sums = measures or {}, sums or {}
     memory = [name for name in fields[2:] if name not in ("key", "metrics")]
     slots = [name for name in memory if name not in shared]
     title = f"{_name_of(function)}{inspect.signature(function)}"
     parameters = inspect.signature(function).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    wants = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positional, wants = _positional_of(function), _keywords_of(function)
     optional = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
     absent = {name for name, value in hyper.items() if value is None and {name, COMPLEMENT + name} & optional}
     hyper = {name: value for name, value in hyper.items() if name not in absent}
@@ -593,21 +792,33 @@ def lift(
         raise TypeError(f"{State.__name__}: a state has a field `metrics` exactly where the rule records values")
     if ("key" in fields) != ("key" in wants) or ("key" in wants) != (key is not None):
         raise TypeError(f"{title}: a rule that asks for a key is given one, and its state has a field for it")
-    for name in (*hyper, *extra, *given, *static):
-        if name in ("t", "p", "key") or name.startswith(COMPLEMENT):
+    lifted = {"t", "p", "key"}
+    for name in (*hyper, *extra, *given, *static, *measures, *sums):
+        if name in lifted or name.startswith(COMPLEMENT):
             raise TypeError(f"{title}: {name} is given by the lift and cannot be a hyperparameter or an extra argument")
     if unknown := sorted((births.keys() | shared.keys()) - set(memory)):
         raise TypeError(f"{title}: {unknown[0]} is no slot of {State.__name__}, which has {tuple(slots)}")
     if positional[1:] != memory:
         raise TypeError(f"{title}: after the gradient come the slots of {State.__name__}, {tuple(memory)}")
-    stored = {COMPLEMENT + name if COMPLEMENT + name in wants else name: name for name in hyper}
+    asked = wants.union(*map(_keywords_of, (*measures.values(), *sums.values())))
+    stored = {COMPLEMENT + name if COMPLEMENT + name in asked else name: name for name in hyper}
     told = {*extra, *given, *static}
-    supplied = stored.keys() | {"t", "p", "key"} | told
+    supplied = stored.keys() | lifted | told | measures.keys() | sums.keys()
     wants -= optional - supplied
     for name in sorted(wants - supplied):
         raise TypeError(f"{title} asks for {name}, which is no hyperparameter: {tuple(hyper)}")
+    for kind_of, functions, before in (
+        ("measure", measures, stored.keys() | {"t", "p", *extra}),
+        ("sum", sums, supplied - sums.keys()),
+    ):
+        for i, (measured, measure) in enumerate(functions.items()):
+            for name in sorted(_keywords_of(measure) - before - set(itertools.islice(functions, i))):
+                raise TypeError(f"the {kind_of} {measured} of {title} asks for {name}, which is not known then")
+    if measures and (unknown := sorted(set(metrics) - measures.keys())):
+        raise TypeError(f"{title}: {unknown[0]} is to be recorded and is none of its measures")
     asked_at_birth = {name for birth in births.values() for name in inspect.signature(birth).parameters}
-    for name in sorted(stored.keys() - wants) + sorted(told - wants - asked_at_birth):
+    unread = sorted(stored.keys() - wants - asked) + sorted(told - wants - asked - asked_at_birth)
+    for name in unread + sorted({*measures, *sums} - wants - asked - set(metrics)):
         raise TypeError(f"{title} does not ask for {name}")
     for stored_name, name in stored.items():
         check(stored_name, hyper[name])
@@ -631,6 +842,8 @@ def lift(
         where={name: selector for name, selector in where.items() if name in stored},
         given=dict(given),
         static=dict(static),
+        measures=dict(measures),
+        sums=dict(sums),
         metrics=tuple(metrics),
         wants=frozenset(wants),
         stands=place,

@@ -1,5 +1,6 @@
 """The arithmetic that every rule shares: running means, bias corrections, norms, and the precision they use."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
 import jax
@@ -54,18 +55,35 @@ def _(primals, tangents):
 
 
 def ema(mean: Array, x: Array, one_minus_b: Array) -> Array:
-    """m ← m + (1 − b)(x − m), the running mean with decay rate b.
+    """m ← m + (1 − b)(x − m), the running mean with decay rate b."""
+    return mean + one_minus_b * (x - mean)
 
-    A real mean that is ∞ stays ∞, without the NaN of ∞ − ∞: the square of one finite gradient may be too large for v,
-    which then stops its element, as where the mean is written b m + (1 − b) x.
+
+def ema_of_squares(mean: Array, x: Array, one_minus_b: Array) -> Array:
+    """v ← v + (1 − b)(x − v) for x ≥ 0, such as |g|².
+
+    A mean that is ∞ stays ∞, without the NaN of ∞ − ∞: the square of one finite gradient may be too large for v, which
+    then stops its element, as where the mean is written b v + (1 − b) x.
     """
-    held = mean if jnp.iscomplexobj(mean) else jnp.minimum(mean, jnp.finfo(jnp.result_type(mean)).max)
-    return mean + one_minus_b * (x - held)
+    return mean + one_minus_b * (x - jnp.minimum(mean, jnp.finfo(jnp.result_type(mean)).max))
 
 
 def debias(mean: Array, one_minus_b: Array, t: Array) -> Array:
     """m / (1 − bᵗ): what a running mean that began at zero says after `t` values."""
     return mean / one_minus_power(one_minus_b, t)
+
+
+# What is the same for all leaves is measured once: `leafwise(..., measures={"c1": first_correction})`.
+
+
+def first_correction(*, t: Array, one_minus_b1: Array) -> Array:
+    """1 − β₁ᵗ, what a running mean with decay rate β₁ that began at zero is divided by."""
+    return one_minus_power(one_minus_b1, t)
+
+
+def second_correction(*, t: Array, one_minus_b2: Array) -> Array:
+    """1 − β₂ᵗ, the same for β₂."""
+    return one_minus_power(one_minus_b2, t)
 
 
 # Where ε stands in m / √v. The field has all four, and they differ by more than a rounding wherever |g| is near ε.
@@ -90,16 +108,19 @@ def over_root(m: Array, v: Array, eps: Array, where: Epsilon, correction: ArrayL
     inside    m / √(v / c + ε)       Optax's `eps_root`, TensorFlow's RMSProp
     max       m / max(√(v / c), ε)   HeavyBall, ADOPT
 
-    0 / 0, of a zero gradient without ε, is 0.
+    ε is at least the root of the smallest normal number (1e-19 in float32; "inside", that number): a zero gradient
+    without ε gives 0 and not 0 / 0, and one whose square is too small for v a quotient of about 1 at most.
     """
+    tiny = jnp.finfo(jnp.result_type(v)).tiny
+    eps = jnp.maximum(eps, tiny if where == "inside" else tiny**0.5)
     if where == "hat":
-        return quotient(sqrt(jnp.asarray(correction, jnp.result_type(v))) * m, sqrt(v) + eps, otherwise=0)
+        return sqrt(jnp.asarray(correction, jnp.result_type(v))) * m / (sqrt(v) + eps)
     v = v / correction
     if where == "outside":
-        return quotient(m, sqrt(v) + eps, otherwise=0)
+        return m / (sqrt(v) + eps)
     if where == "inside":
-        return quotient(m, sqrt(v + eps), otherwise=0)
-    return quotient(m, jnp.maximum(sqrt(v), eps), otherwise=0)
+        return m / sqrt(v + eps)
+    return m / jnp.maximum(sqrt(v), eps)
 
 
 def abs2(x: Array) -> Array:
@@ -131,6 +152,24 @@ def read_wide(x: Array) -> Array:
     """
     wide = widened(x.dtype)
     return x if x.dtype == wide else lax.optimization_barrier(x).astype(wide)
+
+
+def after(done: Sequence[Array], scalars: Any) -> Any:
+    """A tree with the same floating-point scalars, which are there when `done` is, as far as XLA can tell.
+
+    What a formula then writes over the arrays that `done` are sums of, it writes behind the sums: XLA need not copy
+    these arrays first. An optimization barrier does not tell it that; those are gone when it decides on copies.
+    """
+    if not done:
+        return scalars
+    total = sum((jnp.sum(y.real) for y in done), jnp.zeros((), real(done[0].dtype)))
+    never = (total != total) & (total == 0)  # not a number, and 0
+    return jax.tree.map(lambda x: jnp.where(never, 0, x) if is_inexact(x) and x.ndim == 0 else x, scalars)
+
+
+def anew(tree: Any) -> Any:
+    """The same arrays, of which XLA computes once more what was computed of them before."""
+    return jax.tree.map(lambda x: lax.optimization_barrier(x) if is_inexact(x) else x, tree)
 
 
 def sum_of_squares(tree: Any) -> Array:

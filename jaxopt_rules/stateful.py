@@ -125,28 +125,9 @@ class _Program:
     present: tuple[Any, ...]  # the keys of those that have a gradient, in the order of the arguments
     functions: tuple[tuple[str, Callable[..., Any]], ...]  # extra arguments that are functions
 
-    @functools.cached_property
-    def key(self) -> tuple[Any, ...]:
-        return (
-            self.rule,
-            self.hooks,
-            self.first,
-            self.schedules,
-            self.treedef,
-            self.known,
-            self.present,
-            self.functions,
-        )
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(self.key)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Program) and self.key == other.key)
+# Equal programs are one object: a compiled call finds it by identity, and not by comparing all that it is made of.
+_program = functools.lru_cache(maxsize=4096)(_Program)
 
 
 def _step(
@@ -184,6 +165,16 @@ _STEP = {
     False: jax.jit(_step, static_argnums=0, donate_argnums=1),
     True: jax.jit(_step, static_argnums=0, donate_argnums=(1, 2)),
 }
+
+
+class _Running:
+    """What an update leaves to its end."""
+
+    __slots__ = ("finish", "pending")
+
+    def __init__(self) -> None:
+        self.finish: Callable[[], bool] = lambda: False  # writes what the compiled step gave, if it has been
+        self.pending: dict[str, Any] = {}  # what hooks assign to fields
 
 
 @dataclass(frozen=True, order=True)
@@ -235,8 +226,7 @@ class Optimizer:
         self._structure: Structure | None = None  # of the model, where it is a pytree
         self._schedules: dict[str, Schedule] = {}  # assigned to fields
         self._overruled: set[Address] = set()  # hyperparameters for which the rule has a schedule, and a field another
-        self._finish: Callable[[], bool] | None = None  # writes what the compiled step of a running update gave
-        self._pending: dict[str, Any] | None = None  # what hooks assign to fields while an update runs
+        self._running: _Running | None = None
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._set_state(self._init({}))
 
@@ -245,6 +235,8 @@ class Optimizer:
         whole = chain(*(h for h in hooks if isinstance(h, Rule)), self._rule)
         self._hook, self._accepts = hooks, definition_of(whole).accepts
         self._defers = definition_of(self._rule).defers
+        # Where the rules begin that run in the compiled call: behind the last Python function.
+        self._first = 1 + max((i for i, h in enumerate(hooks) if not isinstance(h, Rule)), default=-1)
 
     # The state is kept as a list of leaves: the form in which a compiled call takes it fastest.
 
@@ -298,8 +290,8 @@ class Optimizer:
         field = None if name.startswith("_") else self._field(name)
         if field is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if self._pending and field in self._pending:
-            return self._pending[field]
+        if self._running is not None and field in self._running.pending:
+            return self._running.pending[field]
         if field in self._schedules:
             return self._schedules[field]
         entry = self._fields[field]
@@ -322,8 +314,8 @@ class Optimizer:
         check(entry.key, value)
         if callable(value):
             scheduled(entry.key, cast(Schedule, value), self._count_of(field))
-        if self._pending is not None:
-            self._pending[field] = value
+        if self._running is not None:
+            self._running.pending[field] = value
         else:
             self._assign(field, value)
 
@@ -386,7 +378,7 @@ class Optimizer:
         other.__dict__.update(self.__dict__)
         other._leaves = [trees.placed_like(jnp.array(leaf), leaf) for leaf in self._leaves]
         other._keys, other._schedules, other._overruled = dict(self._keys), dict(self._schedules), set(self._overruled)
-        other._programs = {}
+        other._programs, other._running = {}, None
         return other
 
     def __dir__(self) -> list[str]:
@@ -412,13 +404,13 @@ class Optimizer:
           When it raises, nothing has changed. An interrupt that comes too late to undo the step completes it.
         """
         leaves, treedef, born, keys = self._leaves, self._treedef, self._born, len(self._keys)
-        self._pending = {}
+        running = _Running()
         try:
+            self._running = running
             new = self._update_parameters(model, extra) if grads is None else self._update_tree(model, grads, extra)
         except BaseException:
-            finish, self._finish, self._pending = self._finish, None, None
             # An interrupt behind the compiled step finds the old state donated: the step is completed.
-            if finish is not None and finish():
+            if running.finish():
                 raise
             for key in list(self._keys)[keys:]:
                 del self._keys[key]
@@ -426,9 +418,9 @@ class Optimizer:
             if self._leaves is not leaves:
                 self._set_state(jax.tree.unflatten(treedef, leaves))
             raise
-        self._finish = None
-        pending, self._pending = self._pending, None
-        for field, value in pending.items():
+        finally:
+            self._running = None
+        for field, value in running.pending.items():
             self._assign(field, value)
         return new
 
@@ -436,25 +428,23 @@ class Optimizer:
         named = named_parameters(model)
         self._check_kind(Parameter)
         listed = [parameter for parameter in named if parameter.grad is not None]
-        first = 1 + max((i for i, hook in enumerate(self._hook) if not isinstance(hook, Rule)), default=-1)
-        if first:
+        if self._first:
             with _restored_on_error(named):
-                self._run_hooks(first, listed, named, extra)
-                self._run(first, [p for p in listed if p.grad is not None], named, extra)
+                self._run_hooks(listed, named, extra)
+                self._run([p for p in listed if p.grad is not None], named, extra)
         else:
-            self._run(first, listed, named, extra)
+            self._run(listed, named, extra)
         return model
 
     def _check_kind(self, kind: type) -> None:
-        if any(not isinstance(x, kind) for x in itertools.islice(self._keys, 1)):
+        known = next(iter(self._keys), None)
+        if known is not None and not isinstance(known, kind):
             had, has = ("a pytree", "Parameters") if kind is Parameter else ("Parameters", "a pytree")
             raise ValueError(f"this optimizer has the state of {had}; it cannot have that of {has}, too")
 
-    def _run_hooks(
-        self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
-    ) -> None:
+    def _run_hooks(self, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]) -> None:
         """The hooks up to the last Python function among them, one at a time."""
-        for i, hook in enumerate(self._hook[:first]):
+        for i, hook in enumerate(self._hook[: self._first]):
             if not isinstance(hook, Rule):
                 hook(listed)
                 continue
@@ -471,9 +461,9 @@ class Optimizer:
 
     def _welcome(self, listed: Iterable[Parameter], named: Mapping[Parameter, str]) -> None:
         """Makes sure that all of these have a key and their slots."""
-        newborn = set(listed) - self._born
-        if not newborn:
+        if self._born.issuperset(listed):
             return
+        newborn = set(listed) - self._born
         taken = set(self._keys.values())
         known: dict[Parameter | str, _Key] = {}
         for parameter in (*named, *listed):
@@ -482,15 +472,11 @@ class Optimizer:
                 taken.add(known[parameter])
         self._enlarge(known, {parameter: parameter.data for parameter in newborn})
 
-    def _run(
-        self, first: int, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]
-    ) -> None:
+    def _run(self, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]) -> None:
         self._welcome(listed, named)
         if self._defers:
             # These may be updated now, by gradients that they had before.
             listed = [*listed, *(p for p in named if p.grad is None and p in self._born)]
-        keys = tuple(map(self._keys.__getitem__, listed))
-        datas, grads = [p.data for p in listed], [p.grad for p in listed]
 
         def write(new: list[Array], hooked: list[Array] | None) -> None:
             for parameter, data in zip(listed, new, strict=True):
@@ -499,7 +485,7 @@ class Optimizer:
                 for parameter, grad in zip(listed, hooked, strict=True):
                     parameter.grad = grad
 
-        self._call(first, keys, datas, grads, extra, write)
+        self._call(tuple(listed), [p.data for p in listed], [p.grad for p in listed], extra, write)
 
     def _update_tree(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
         if not all(isinstance(hook, Rule) for hook in self._hook):
@@ -524,48 +510,46 @@ class Optimizer:
         if self._defers:
             # These may be updated now, by gradients that they had before.
             present += [k for k, g in enumerate(gs) if g is None and paths[k] in self._born]
-        keys = tuple(self._keys[paths[k]] for k in present)
 
         def write(new: list[Array], hooked: list[Array] | None) -> None:
             self._structure = structure
             for k, value in zip(present, new, strict=True):
                 parts[k] = value
 
-        self._call(0, keys, [parts[k] for k in present], [gs[k] for k in present], extra, write)
+        those = tuple(paths[k] for k in present)
+        self._call(those, [parts[k] for k in present], [gs[k] for k in present], extra, write)
         return jax.tree.unflatten(treedef, parts)
 
     def _call(
         self,
-        first: int,
-        keys: tuple[Any, ...],
+        those: tuple[Parameter | str, ...],
         datas: list[Any],
         grads: list[Any],
         extra: Mapping[str, Any],
         write: Callable[[list[Array], list[Array] | None], None],
     ) -> None:
         """The compiled part of an update, and `write` for the new parameters and the hooked gradients."""
-        given = [x for x in (*datas, *grads) if x is not None]
-        if self._donate and len({*map(id, given)}) < len(given):
-            self._raise_shared(keys, datas, grads)
+        if self._donate and len({*map(id, datas), *map(id, grads)}) < 2 * len(those):
+            self._refuse_shared(those, datas, grads)
+        functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
         if extra:
             check_extra(repr(self), self._accepts, extra)
             # What every rule ignores must not count: a new `value_fn` each time would compile each time.
             extra = {k: value for k, value in extra.items() if self._accepts is None or k in self._accepts}
-        functions = tuple((name, value) for name, value in extra.items() if callable(value))
-        arrays = {name: value for name, value in extra.items() if not callable(value)}
-        program = self._programs.get((first, keys, functions))
+            functions = tuple((name, value) for name, value in extra.items() if callable(value))
+            extra = {name: value for name, value in extra.items() if not callable(value)}
+        program = self._programs.get((those, functions))
         if program is None:
-            program = _Program(
+            program = self._programs[those, functions] = _program(
                 rule=self._rule,
-                hooks=tuple(hook for hook in self._hook[first:] if isinstance(hook, Rule)),
-                first=first,
+                hooks=tuple(hook for hook in self._hook[self._first :] if isinstance(hook, Rule)),
+                first=self._first,
                 schedules=tuple(self._schedules.items()),
                 treedef=self._treedef,
                 known=tuple(self._keys.values()),
-                present=keys,
+                present=tuple(self._keys[x] for x in those),
                 functions=functions,
             )
-            self._programs[first, keys, functions] = program
         results: list[Any] = []
 
         def finish() -> bool:
@@ -575,10 +559,11 @@ class Optimizer:
             write(new, hooked)
             return True
 
-        self._finish = finish
+        cast(_Running, self._running).finish = finish
         # No interrupt can fall between this call and its results being in the list: both happen outside of Python.
-        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, arrays)]))
-        if any(isinstance(x, Tracer) for x in (*results[0][0][:1], *results[0][1][:1])):
+        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, extra)]))
+        state, new, _ = results[0]
+        if any(isinstance(x, Tracer) for x in (*state[:1], *new[:1])):
             results.clear()
             raise TypeError(
                 f"{type(self).__name__}.update changes objects, which jax.jit cannot trace; "
@@ -586,8 +571,9 @@ class Optimizer:
             )
         finish()
 
-    def _raise_shared(self, keys: Sequence[Any], datas: Sequence[Any], grads: Sequence[Any]) -> None:
+    def _refuse_shared(self, those: Sequence[Parameter | str], datas: Sequence[Any], grads: Sequence[Any]) -> None:
         seen: dict[int, str] = {}
+        keys = [self._keys[x] for x in those]
         what = [f"the data of '{key}'" for key in keys] + [f"the gradient of '{key}'" for key in keys]
         for name, array in zip(what, (*datas, *grads), strict=True):
             if array is not None and id(array) in seen:
@@ -725,6 +711,8 @@ def _rekeyed(state: Any, keys: frozenset[Any], names: Mapping[Any, Any]) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The documented optimizers
+#
+# Their arguments are assigned to fields and are no part of the rule: whatever the numbers, the program is the same.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -734,7 +722,8 @@ class SGD(Optimizer):
     learning_rate: Any
 
     def __init__(self, learning_rate: float | Schedule, hook: Iterable[Hook] = (), donate: bool = False) -> None:
-        super().__init__(sgd(learning_rate), hook, donate)
+        super().__init__(sgd(0.0), hook, donate)
+        self.learning_rate = learning_rate
 
 
 class Momentum(Optimizer):
@@ -750,7 +739,8 @@ class Momentum(Optimizer):
         hook: Iterable[Hook] = (),
         donate: bool = False,
     ) -> None:
-        super().__init__(momentum_rule(learning_rate, momentum), hook, donate)
+        super().__init__(momentum_rule(0.0), hook, donate)
+        self.learning_rate, self.momentum = learning_rate, momentum
 
 
 class Adam(Optimizer):
@@ -775,7 +765,8 @@ class Adam(Optimizer):
         hook: Iterable[Hook] = (),
         donate: bool = False,
     ) -> None:
-        super().__init__(adam(alpha, beta1, beta2, bias_correction="step"), hook, donate)
+        super().__init__(adam(bias_correction="step"), hook, donate)
+        self.alpha, self.beta1, self.beta2 = alpha, beta1, beta2
 
 
 class AdamW(Optimizer):
@@ -812,14 +803,9 @@ class AdamW(Optimizer):
             raise TypeError(f"AdamW: {', '.join(double)} given both by the Adam and directly")
         settings = {name: getattr(source, name) if value is None else value for name, value in given.items()}
         super().__init__(
-            adamw(
-                settings["alpha"],
-                settings["beta1"],
-                settings["beta2"],
-                source.eps,
-                weight_decay=weight_decay,
-                bias_correction="step",
-            ),
+            adamw(bias_correction="step"),
             source.hook if hook is None else hook,
             source._donate if donate is None else donate,
         )
+        for name, value in (settings | {"eps": source.eps, "weight_decay": weight_decay}).items():
+            setattr(self, name, value)

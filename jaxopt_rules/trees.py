@@ -129,10 +129,13 @@ def apply_updates(params: Any, updates: Any) -> Any:
     return jax.tree.unflatten(treedef, new)
 
 
-@jax.jit
-def _add(p: jax.Array, u: jax.Array) -> jax.Array:
+def added(p: jax.Array, u: jax.Array) -> jax.Array:
+    """p + u in the precision of the wider one, rounded to the dtype of p."""
     wide = jnp.promote_types(widened(p.dtype), widened(u.dtype))
     return (p.astype(wide) + u.astype(wide)).astype(p.dtype)
+
+
+_add = jax.jit(added)
 
 
 def scalar_home(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:

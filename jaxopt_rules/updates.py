@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxopt_rules import trees
-from jaxopt_rules.lift import Leafwise, lift, treewise
+from jaxopt_rules.lift import Leafwise, leafwise, lift, matched, treewise
 from jaxopt_rules.numerics import is_inexact, scale, widened
 from jaxopt_rules.rule import Definition, Rule, constructor
 from jaxopt_rules.schedules import Schedule
@@ -47,7 +47,7 @@ class _Project(Leafwise):
         updates, treedef = trees.flatten(grads)
         ps = trees.align(treedef, params, "the parameters", "the updates")
         moved = trees.align(treedef, trees.apply_updates(params, grads), "the parameters")
-        chosen = self._per_leaf(self._begin(grads, state, params), params)
+        chosen = self._per_leaf(matched(grads, params), params)
         projected = cast(_Projection, self.function).projected
         for k, (u, p) in enumerate(zip(updates, ps, strict=True)):
             if is_inexact(u) and is_inexact(p) and chosen(k)["chosen"] is not None:
@@ -215,7 +215,11 @@ class _Recorder:
         value = self.fn(tree, **keywords)
         if jnp.shape(value) != ():
             raise ValueError(f"record({self.name!r}) takes scalars, and its function gave the shape {jnp.shape(value)}")
-        return tree, {self.name: value}
+        return value
+
+
+def _unchanged(g: Array) -> Array:
+    return g
 
 
 @constructor
@@ -229,7 +233,8 @@ def record(name: str, fn: Callable[..., Any]) -> Rule:
     place of what is absent. `fn` may ask for `p` (the parameters), `t` (the number of this update) and extra
     arguments of `update` by keyword-only arguments of these names.
 
-    Memory: one scalar. It costs what `fn` costs: a norm is one more pass over the tree, and may make XLA keep it.
+    Memory: one scalar. It costs what `fn` costs: a norm is one more pass over the tree, which is computed for it a
+    second time.
 
     Raises:
       TypeError: `name` is no identifier, or `fn` no function of a tree.
@@ -242,4 +247,4 @@ def record(name: str, fn: Callable[..., Any]) -> Rule:
     recorder = _Recorder(name, fn)
     asked = [p.name for p in recorder.__signature__.parameters.values() if p.kind is p.KEYWORD_ONLY]
     extra = [name for name in asked if name not in ("p", "t")]
-    return treewise(recorder, RecordState, metrics=(name,), extra=extra, place="anywhere")
+    return leafwise(_unchanged, RecordState, measures={name: recorder}, metrics=(name,), extra=extra, place="anywhere")

@@ -156,6 +156,15 @@ def test_schedules_and_numbers_take_turns(make):
     np.testing.assert_allclose(moved, [0.5, 0.3, 0.2, 1.0, 0.125], rtol=1e-5)
 
 
+def test_schedules_and_numbers_that_come_back_are_not_traced_again():
+    traced = Traced(jr.sgd(0.1))
+    opt, one = jr.Optimizer(traced.rule), Bag({"w": jr.Parameter([0.0], [1.0])})
+    for rate in 2 * (0.1, jr.Linear(0.4, 4), 0.2, jr.Constant(0.125), jr.Linear(0.4, 4)):
+        opt.learning_rate = rate
+        opt.update(one)
+    assert traced.count == 3
+
+
 def test_adamw_takes_the_schedule_of_an_adam_over():
     schedule = jr.Linear(0.4, 4)
     source = jr.Adam(alpha=schedule)
@@ -513,6 +522,48 @@ def test_a_new_optimizer_does_not_compile_again():
     assert stateful._STEP[False]._cache_size() == size
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: jr.SGD(x, hook=[jr.clip_grad(1.0)]),
+        lambda x: jr.Momentum(x, x),
+        lambda x: jr.Adam(x, x, x),
+        lambda x: jr.AdamW(jr.Adam(x), x),
+    ],
+)
+def test_optimizers_that_differ_in_numbers_share_one_program(make):
+    one = model(w=(2,))
+    fill(one)
+    first, second = make(0.1), make(0.2)
+    first.update(one)
+    size = stateful._STEP[False]._cache_size()
+    second.update(one)
+    assert stateful._STEP[False]._cache_size() == size
+    assert all(a is b for a, b in zip(first._programs.values(), second._programs.values(), strict=True))
+
+
+def test_models_that_take_turns_are_traced_once_each():
+    traced = Traced(jr.momentum(0.1))
+    opt, models = jr.Optimizer(traced.rule), [model(w=(2,)), model(w=(2,), b=(1,))]
+    fill(*models)
+    opt.update(models[0])
+    for one in 3 * models[::-1]:
+        opt.update(one)
+    # One for the first model before the second was known.
+    assert traced.count == 3
+
+
+def test_a_model_may_change_between_updates():
+    p, q, r = (jr.Parameter([0.0], [1.0]) for _ in range(3))
+    opt, one = jr.Momentum(0.1), Bag({"a": p, "b": q})
+    for parameters in ({"a": p, "b": q}, {"b": q, "a": p}, {"a": q}, {"a": r, "b": p, "c": p}, {"a": p, "b": q}):
+        one.parameters = parameters
+        opt.update(one)
+    # Four, four and one of the steps of Momentum(0.1, 0.9) for a gradient of ones.
+    four = -(0.1 + 0.19 + 0.271 + 0.3439)
+    np.testing.assert_allclose([x.data[0] for x in (p, q, r)], [four, four, -0.1], rtol=1e-6)
+
+
 def test_state_dict_round_trip():
     def run(opt, one, steps):
         for i in range(steps):
@@ -659,6 +710,16 @@ def test_one_array_in_two_parameters():
     np.testing.assert_allclose(one.params()["a"].data, 1)
     with pytest.raises(ValueError, match="the data of 'a' and the gradient of 'a' are one array"):
         jr.SGD(0.1, donate=True).update(Bag({"a": jr.Parameter(array, array)}))
+
+
+def test_parameters_without_gradients_share_no_array():
+    opt = jr.Optimizer(jr.accumulate(jr.sgd(1.0), 2), donate=True)
+    one = Bag({name: jr.Parameter(jnp.zeros(1), jnp.ones(1)) for name in "abc"})
+    opt.update(one)
+    one.params()["a"].grad = jnp.ones(1)
+    one.params()["b"].grad = one.params()["c"].grad = None
+    opt.update(one)
+    assert [float(p.data[0]) for p in one.params().values()] == [-1.0, -0.5, -0.5]
 
 
 # Pytrees

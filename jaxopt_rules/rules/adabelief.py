@@ -7,7 +7,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, over_root
+from jaxopt_rules.numerics import abs2, debias, ema, ema_of_squares, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.rules.radam import rectified
 from jaxopt_rules.schedules import Schedule
@@ -35,7 +35,7 @@ def _adabelief(
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
     # ε_root within the mean, not behind it: there XLA would copy the old s, to compute the new one twice.
-    s = ema(s, abs2(g - m) + eps_root / one_minus_b2, one_minus_b2)
+    s = ema_of_squares(s, abs2(g - m) + eps_root / one_minus_b2, one_minus_b2)
     m_hat = debias(m, one_minus_b1, t)
     if rectify:
         d = rectified(m_hat, s, eps, "hat", "sgd", t=t, one_minus_b2=one_minus_b2, threshold=5)

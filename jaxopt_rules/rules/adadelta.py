@@ -7,7 +7,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, over_root, sqrt
+from jaxopt_rules.numerics import abs2, ema_of_squares, over_root, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -21,9 +21,9 @@ class AdadeltaState(NamedTuple):
 
 
 def _adadelta(g: Array, v: Array, u: Array, *, one_minus_rho: Array, eps: Array) -> tuple[Array, tuple[Array, Array]]:
-    v = ema(v, abs2(g), one_minus_rho)
+    v = ema_of_squares(v, abs2(g), one_minus_rho)
     d = over_root(sqrt(u + eps) * g, v, eps, "inside")
-    u = ema(u, abs2(d), one_minus_rho)
+    u = ema_of_squares(u, abs2(d), one_minus_rho)
     return d, (v, u)
 
 

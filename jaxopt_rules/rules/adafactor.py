@@ -49,8 +49,65 @@ def _second_moment(p: Any, view: MatrixView | None) -> Array | Factors:
 
 
 def _mean(mean: Array, x: Array, one_minus_b: Array) -> Array:
-    """`ema`, but all digits of x where nothing before it counts, as in every update up to t₀ + 1."""
-    return jnp.where(one_minus_b < 1, ema(mean, x, one_minus_b), x)
+    """β v + (1 − β) x, in this form since it is x to the bit for β = 0, as in every update up to t₀ + 1."""
+    return (1 - one_minus_b) * jnp.minimum(mean, jnp.finfo(mean.dtype).max) + one_minus_b * x
+
+
+def _unclipped(
+    g: Array,
+    v: Any,
+    *,
+    t: Array,
+    view: MatrixView | None,
+    decay_rate: Array,
+    decay_offset: Array,
+    eps: Array,
+    eps_placement: AdafactorEpsilon,
+) -> tuple[Array, tuple[Any]]:
+    one_minus_b2 = jnp.maximum(t - decay_offset, 1) ** -decay_rate
+    inside = eps if eps_placement == "inside" else 0
+    # 1 / √V̂ from the roots of its factors: R C may leave the range of float32 where V̂ does not.
+    if view is None:
+        v = _mean(v, abs2(g) + inside, one_minus_b2)
+        over_root = 1 / jnp.maximum(sqrt(v), jnp.finfo(v.dtype).tiny ** 0.5)
+    else:
+        # Added behind the means, where XLA does not keep g² + ε for both of them.
+        rows = _mean(v.rows, jnp.mean(abs2(g), view.columns, keepdims=True) + inside, one_minus_b2)
+        columns = _mean(v.columns, jnp.mean(abs2(g), view.rows, keepdims=True) + inside, one_minus_b2)
+        mean = jnp.mean(rows, view.rows, keepdims=True)
+        if eps_placement == "max":
+            mean = jnp.maximum(mean, eps)
+        over_root = quotient(sqrt(mean), sqrt(rows), otherwise=0) * quotient(1, sqrt(columns), otherwise=0)
+        v = Factors(rows, columns)
+    if eps_placement == "max":
+        over_root = jnp.minimum(over_root, quotient(1, eps, otherwise=jnp.inf))
+    return over_root * g, (v,)
+
+
+def _clip(
+    g: Array,
+    v: Any,
+    *,
+    t: Array,
+    view: MatrixView | None,
+    decay_rate: Array,
+    decay_offset: Array,
+    eps: Array,
+    clipping_threshold: Array,
+    eps_placement: AdafactorEpsilon,
+) -> Array:
+    """1 / max(1, rms(U) / c)"""
+    u, _ = _unclipped(
+        g,
+        v,
+        t=t,
+        view=view,
+        decay_rate=decay_rate,
+        decay_offset=decay_offset,
+        eps=eps,
+        eps_placement=eps_placement,
+    )
+    return jnp.minimum(1, quotient(clipping_threshold, rms(u), otherwise=1))
 
 
 def _adafactor(
@@ -62,29 +119,20 @@ def _adafactor(
     decay_rate: Array,
     decay_offset: Array,
     eps: Array,
-    clipping_threshold: Array | None = None,
+    clip: Array,
     eps_placement: AdafactorEpsilon,
 ) -> tuple[Array, tuple[Any]]:
-    one_minus_b2 = jnp.maximum(t - decay_offset, 1) ** -decay_rate
-    g2 = abs2(g) + eps if eps_placement == "inside" else abs2(g)
-    # 1 / √V̂ from the roots of its factors: R C may leave the range of float32 where V̂ does not.
-    if view is None:
-        v = _mean(v, g2, one_minus_b2)
-        over_root = quotient(1, sqrt(v), otherwise=0)
-    else:
-        rows = _mean(v.rows, jnp.mean(g2, view.columns, keepdims=True), one_minus_b2)
-        columns = _mean(v.columns, jnp.mean(g2, view.rows, keepdims=True), one_minus_b2)
-        mean = jnp.mean(rows, view.rows, keepdims=True)
-        if eps_placement == "max":
-            mean = jnp.maximum(mean, eps)
-        over_root = quotient(sqrt(mean), sqrt(rows), otherwise=0) * quotient(1, sqrt(columns), otherwise=0)
-        v = Factors(rows, columns)
-    if eps_placement == "max":
-        over_root = jnp.minimum(over_root, quotient(1, eps, otherwise=jnp.inf))
-    u = over_root * g
-    if clipping_threshold is not None:
-        u = jnp.minimum(1, quotient(clipping_threshold, rms(u), otherwise=1)) * u
-    return u, (v,)
+    u, slots = _unclipped(
+        g,
+        v,
+        t=t,
+        view=view,
+        decay_rate=decay_rate,
+        decay_offset=decay_offset,
+        eps=eps,
+        eps_placement=eps_placement,
+    )
+    return clip * u, slots
 
 
 def _step_size(p: Array, t: Array, learning_rate: Array, min_rms: Array | None, relative_step: bool) -> Array:
@@ -196,8 +244,9 @@ def adafactor_direction(
         view = _by_shape(views == "largest", min_dim_size_to_factor)
     else:
         view = _by_views(views)
+    clipped: dict[str, Any] = {"sums": {"clip": _clip}, "clipping_threshold": clipping_threshold}
     return leafwise(
-        _adafactor,
+        _unclipped if clipping_threshold is None else _adafactor,
         AdafactorState,
         slots={"v": _second_moment},
         given={"view": view},
@@ -205,7 +254,7 @@ def adafactor_direction(
         decay_rate=decay_rate,
         decay_offset=decay_offset,
         eps=eps,
-        clipping_threshold=clipping_threshold,
+        **({} if clipping_threshold is None else clipped),
     )
 
 

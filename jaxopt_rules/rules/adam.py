@@ -8,7 +8,18 @@ from jaxopt_rules.apply import Decay, step
 from jaxopt_rules.compose import chain
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, debias, ema, one_minus_power, over_root, sqrt
+from jaxopt_rules.numerics import (
+    Epsilon,
+    abs2,
+    check_epsilon,
+    ema,
+    ema_of_squares,
+    first_correction,
+    one_minus_power,
+    over_root,
+    second_correction,
+    sqrt,
+)
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -28,19 +39,19 @@ def _adam(
     m: Array,
     v: Array,
     *,
-    t: Array,
     one_minus_b1: Array,
     one_minus_b2: Array,
+    c1: Array,
+    c2: Array,
     eps: Array,
     eps_placement: Epsilon = "outside",
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
-    d = over_root(debias(m, one_minus_b1, t), v, eps, eps_placement, one_minus_power(one_minus_b2, t))
-    return d, (m, v)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
+    return over_root(m / c1, v, eps, eps_placement, c2), (m, v)
 
 
-def _correction(t: Array, one_minus_b1: Array, one_minus_b2: Array) -> Array:
+def _joint_correction(*, t: Array, one_minus_b1: Array, one_minus_b2: Array) -> Array:
     return sqrt(one_minus_power(one_minus_b2, t)) / one_minus_power(one_minus_b1, t)
 
 
@@ -49,15 +60,15 @@ def _adam_step(
     m: Array,
     v: Array,
     *,
-    t: Array,
     one_minus_b1: Array,
     one_minus_b2: Array,
+    c: Array,
     eps: Array,
     eps_placement: Epsilon = "outside",
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
-    return over_root(_correction(t, one_minus_b1, one_minus_b2) * m, v, eps, eps_placement), (m, v)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
+    return over_root(c * m, v, eps, eps_placement), (m, v)
 
 
 def _adamw_step(
@@ -66,24 +77,27 @@ def _adamw_step(
     v: Array,
     *,
     p: Array,
-    t: Array,
     learning_rate: Array,
     one_minus_b1: Array,
     one_minus_b2: Array,
+    c: Array,
     eps: Array,
     eps_placement: Epsilon,
     weight_decay: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     d, (m, v) = _adam_step(
-        g, m, v, t=t, one_minus_b1=one_minus_b1, one_minus_b2=one_minus_b2, eps=eps, eps_placement=eps_placement
+        g, m, v, one_minus_b1=one_minus_b1, one_minus_b2=one_minus_b2, c=c, eps=eps, eps_placement=eps_placement
     )
     if weight_decay is not None:
-        d = d + _correction(t, one_minus_b1, one_minus_b2) * weight_decay * p
+        d = d + c * weight_decay * p
     return -learning_rate * d, (m, v)
 
 
+_MEASURES = {"moments": {"c1": first_correction, "c2": second_correction}, "step": {"c": _joint_correction}}
+
+
 def _check_bias_correction(value: str) -> None:
-    if value not in ("moments", "step"):
+    if value not in _MEASURES:
         raise ValueError(f'adam: bias_correction must be "moments" or "step", not {value!r}')
 
 
@@ -104,6 +118,7 @@ def adam_direction(
         AdamState,
         slots={"v": real_zeros},
         static={"eps_placement": eps_placement},
+        measures=_MEASURES[bias_correction],
         b1=b1,
         b2=b2,
         eps=eps,
@@ -202,6 +217,7 @@ def adamw(
         place="end",
         where={"weight_decay": where},
         static={"eps_placement": eps_placement},
+        measures=_MEASURES["step"],
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,

@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, over_root
+from jaxopt_rules.numerics import abs2, debias, ema, ema_of_squares, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -40,7 +40,7 @@ def _adan(
     difference = jnp.where(t == 1, 0, g - last)
     m = ema(m, g, one_minus_b1)
     v = ema(v, difference, one_minus_b2)
-    n = ema(n, abs2(g + b2 * difference), one_minus_b3)
+    n = ema_of_squares(n, abs2(g + b2 * difference), one_minus_b3)
     d = debias(m, one_minus_b1, t) + b2 * debias(v, one_minus_b2, t)
     return over_root(d, debias(n, one_minus_b3, t), eps, "outside"), (m, v, n, g)
 

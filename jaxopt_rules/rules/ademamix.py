@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, over_root
+from jaxopt_rules.numerics import abs2, debias, ema, ema_of_squares, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -44,7 +44,7 @@ def _ademamix(
         alpha = s * alpha
     m1 = ema(m1, g, one_minus_b1)
     m2 = ema(m2, g, one_minus_b3)
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     d = over_root(debias(m1, one_minus_b1, t) + alpha * m2, debias(v, one_minus_b2, t), eps, "outside")
     return d, (m1, m2, v)
 

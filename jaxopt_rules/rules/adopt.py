@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, over_root
+from jaxopt_rules.numerics import abs2, ema, ema_of_squares, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -38,7 +38,7 @@ def _adopt(
         bound = jnp.maximum(t - 1, 1) ** clip_exponent
         n = jnp.clip(n, -bound, bound)
     m = jnp.where(first, m, ema(m, n, one_minus_b1))
-    v = jnp.where(first, abs2(g), ema(v, abs2(g), one_minus_b2))
+    v = jnp.where(first, abs2(g), ema_of_squares(v, abs2(g), one_minus_b2))
     return m, (m, v)
 
 

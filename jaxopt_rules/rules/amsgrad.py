@@ -8,7 +8,7 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, debias, ema, over_root
+from jaxopt_rules.numerics import abs2, debias, ema, ema_of_squares, over_root
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -37,7 +37,7 @@ def _amsgrad(
     maximum_of: MaximumOf,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     if maximum_of == "corrected":
         v_hat = v_max = jnp.maximum(v_max, debias(v, one_minus_b2, t))
     else:

@@ -23,17 +23,13 @@ class BoundedRatioState(NamedTuple):
     hyper: dict[str, Any]  # max_ratio
 
 
-def _ratio(u: Array, p: Array) -> Array:
+def _ratio(u: Array, *, p: Array) -> Array:
     p_norm = norm(p)
     return jnp.where(p_norm == 0, 1, quotient(p_norm, norm(u), otherwise=1))
 
 
-def _adapted(u: Array, *, p: Array) -> Array:
-    return _ratio(u, p) * u
-
-
-def _boundedly_adapted(u: Array, *, p: Array, max_ratio: Array) -> Array:
-    return jnp.minimum(_ratio(u, p), max_ratio) * u
+def _adapted(u: Array, *, ratio: Array, max_ratio: Array | None = None) -> Array:
+    return (ratio if max_ratio is None else jnp.minimum(ratio, max_ratio)) * u
 
 
 @constructor
@@ -52,10 +48,8 @@ def lamb_direction(
     if weight_decay is not None:
         members.append(added_decay(weight_decay, where))
     # Not `trust_ratio`, which has an ε of its own: here there is one, and the hyperparameter is called `eps`.
-    if max_ratio is None:
-        ratio = leafwise(_adapted, StatelessState)
-    else:
-        ratio = leafwise(_boundedly_adapted, BoundedRatioState, max_ratio=max_ratio)
+    State = StatelessState if max_ratio is None else BoundedRatioState
+    ratio = leafwise(_adapted, State, sums={"ratio": _ratio}, max_ratio=max_ratio)
     return chain(*members, ratio if trust_where is None else masked(ratio, trust_where))
 
 
@@ -88,8 +82,7 @@ def lamb(
       max_ratio: the largest ratio, if there is one; 1 in the variant called LAMBC, timm's `trust_clip`.
       trust_where: the arrays that have a ratio, by default all.
 
-    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps a copy of u,
-    which the norm and the update read.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
     Differs from timm, which leaves out the ratio where there is no decay (`trust_where` with the selector of `where`)
     and clips the norm of all gradients to 1 (`clip_by_global_norm(1.0)` in front). The φ that bounds ‖θ‖ in the paper's

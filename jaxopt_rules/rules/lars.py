@@ -27,25 +27,29 @@ class _Form(NamedTuple):
     trust_clip: bool = False
 
 
-def _decayed_and_ratio(
+def _decayed(g: Array, p: Array, weight_decay: Array | None) -> Array:
+    return g if weight_decay is None else g + weight_decay * p
+
+
+def _ratio(
     g: Array,
+    *,
     p: Array,
     weight_decay: Array | None,
     trust_coefficient: Array | None,
     eps: Array,
-    denominator: Denominator,
-) -> tuple[Array, Array | None]:
-    """g + λ θ and r, which is `None` for an array without a ratio."""
-    decayed = g if weight_decay is None else g + weight_decay * p
+    form: _Form,
+) -> Array | None:
+    """r, which is `None` for an array without a ratio."""
     if trust_coefficient is None:
-        return decayed, None
+        return None
     p_norm = norm(p)
-    if denominator == "joint":
-        size = norm(decayed)
+    if form.denominator == "joint":
+        size = norm(_decayed(g, p, weight_decay))
     else:
         size = norm(g) if weight_decay is None else norm(g) + weight_decay * p_norm
     ratio = quotient(trust_coefficient * p_norm, jnp.where(size == 0, 0, size + eps), otherwise=1)
-    return decayed, jnp.where(p_norm == 0, 1, ratio)
+    return jnp.where(p_norm == 0, 1, ratio)
 
 
 def _lars_direction(
@@ -54,12 +58,11 @@ def _lars_direction(
     *,
     p: Array,
     weight_decay: Array | None,
-    trust_coefficient: Array | None,
-    eps: Array,
+    ratio: Array | None,
     momentum: Array,
     form: _Form,
 ) -> tuple[Array, tuple[Array]]:
-    d, ratio = _decayed_and_ratio(g, p, weight_decay, trust_coefficient, eps, form.denominator)
+    d = _decayed(g, p, weight_decay)
     d = d if ratio is None else ratio * d
     v = momentum * v + d
     return d + momentum * v if form.nesterov else v, (v,)
@@ -72,12 +75,11 @@ def _lars(
     p: Array,
     learning_rate: Array,
     weight_decay: Array | None,
-    trust_coefficient: Array | None,
-    eps: Array,
+    ratio: Array | None,
     momentum: Array,
     form: _Form,
 ) -> tuple[Array, tuple[Array]]:
-    d, ratio = _decayed_and_ratio(g, p, weight_decay, trust_coefficient, eps, form.denominator)
+    d = _decayed(g, p, weight_decay)
     if ratio is not None:
         d = (jnp.minimum(quotient(ratio, learning_rate, otherwise=1), 1) if form.trust_clip else ratio) * d
     d = learning_rate * d if form.rate_inside else d
@@ -113,6 +115,7 @@ def lars_direction(
         LarsState,
         where={"weight_decay": where, "trust_coefficient": trust_where},
         static={"form": form},
+        sums={"ratio": _ratio},
         weight_decay=weight_decay,
         trust_coefficient=trust_coefficient,
         eps=eps,
@@ -169,6 +172,7 @@ def lars(
         place="end",
         where={"weight_decay": where, "trust_coefficient": trust_where},
         static={"form": form},
+        sums={"ratio": _ratio},
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         trust_coefficient=trust_coefficient,

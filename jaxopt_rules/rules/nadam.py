@@ -8,7 +8,18 @@ from jax import Array
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, debias, ema, one_minus_power, over_root, real, widened
+from jaxopt_rules.numerics import (
+    Epsilon,
+    abs2,
+    check_epsilon,
+    debias,
+    ema,
+    ema_of_squares,
+    one_minus_power,
+    over_root,
+    real,
+    widened,
+)
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -45,7 +56,7 @@ def _nadam(
 
     b1 = 1 - one_minus_b1
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     product = b1 * (1 - lag(t)) * product
     mu_next = b1 * (1 - lag(t + 1))
     m_hat = mu_next / (1 - mu_next * product) * m + (one_minus_b1 + b1 * lag(t)) / (1 - product) * g
@@ -122,7 +133,7 @@ def _nadamw(
     eps_placement: Epsilon,
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     ahead = t + 1 if form == "optax" else t
     m_hat = (1 - one_minus_b1) * debias(m, one_minus_b1, ahead) + one_minus_b1 * debias(g, one_minus_b1, t)
     return over_root(m_hat, v, eps, eps_placement, one_minus_power(one_minus_b2, t)), (m, v)

@@ -10,7 +10,7 @@ from jaxopt_rules.compose import chain
 from jaxopt_rules.descend import descend
 from jaxopt_rules.hooks import weight_decay as added_decay
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, quotient, sqrt
+from jaxopt_rules.numerics import abs2, ema, ema_of_squares, quotient, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -24,7 +24,7 @@ class NovogradState(NamedTuple):
 
 def _novograd(g: Array, v: Array, *, one_minus_b2: Array, eps: Array) -> tuple[Array, tuple[Array]]:
     squared = jnp.sum(abs2(g))
-    v = jnp.where(v == 0, squared, ema(v, squared, one_minus_b2))
+    v = jnp.where(v == 0, squared, ema_of_squares(v, squared, one_minus_b2))
     return quotient(1, sqrt(v) + eps, otherwise=0) * g, (v,)
 
 

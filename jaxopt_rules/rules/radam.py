@@ -9,7 +9,17 @@ from jax.typing import ArrayLike
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, debias, ema, one_minus_power, over_root, sqrt
+from jaxopt_rules.numerics import (
+    Epsilon,
+    abs2,
+    check_epsilon,
+    debias,
+    ema,
+    ema_of_squares,
+    one_minus_power,
+    over_root,
+    sqrt,
+)
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -81,7 +91,7 @@ def _radam(
     silent: Silent,
 ) -> tuple[Array, tuple[Array, Array]]:
     m = ema(m, g, one_minus_b1)
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     m_hat = debias(m, one_minus_b1, t)
     d = rectified(m_hat, v, eps, eps_placement, silent, t=t, one_minus_b2=one_minus_b2, threshold=threshold)
     return d, (m, v)

@@ -11,7 +11,7 @@ from jaxopt_rules.compose import chain
 from jaxopt_rules.descend import descend
 from jaxopt_rules.hyperparameters import check
 from jaxopt_rules.lift import leafwise
-from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, ema, over_root, quotient, real, widened
+from jaxopt_rules.numerics import Epsilon, abs2, check_epsilon, ema, ema_of_squares, over_root, quotient, real, widened
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.rules.sgd import Form, descend_inside, momentum_direction
 from jaxopt_rules.schedules import Schedule
@@ -38,7 +38,7 @@ def _filled(p: Any, initial_scale: float) -> Array:
 def _rmsprop(
     g: Array, v: Array, *, one_minus_rho: Array, eps: Array, eps_placement: Epsilon
 ) -> tuple[Array, tuple[Array]]:
-    v = ema(v, abs2(g), one_minus_rho)
+    v = ema_of_squares(v, abs2(g), one_minus_rho)
     return over_root(g, v, eps, eps_placement), (v,)
 
 

@@ -18,7 +18,7 @@ from jaxopt_rules.descend import descend
 from jaxopt_rules.families import families
 from jaxopt_rules.hyperparameters import Scheduled, check
 from jaxopt_rules.lift import advanced, copied, leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, is_inexact, one_minus_power, over_root, quotient
+from jaxopt_rules.numerics import abs2, ema, ema_of_squares, is_inexact, one_minus_power, over_root, quotient
 from jaxopt_rules.rule import Definition, Rule, constructor, extra_for
 from jaxopt_rules.schedules import Schedule, Warmup
 from jaxopt_rules.select import Selector
@@ -278,7 +278,7 @@ class SecondMomentState(NamedTuple):
 
 
 def _over_second_moment(g: Array, v: Array, *, t: Array, one_minus_b2: Array, eps: Array) -> tuple[Array, tuple[Array]]:
-    v = ema(v, abs2(g), one_minus_b2)
+    v = ema_of_squares(v, abs2(g), one_minus_b2)
     return over_root(g, v, eps, "outside", one_minus_power(one_minus_b2, t)), (v,)
 
 

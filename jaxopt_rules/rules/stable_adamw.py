@@ -3,12 +3,12 @@
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxopt_rules.apply import Decay
 from jaxopt_rules.descend import descend
 from jaxopt_rules.lift import leafwise, real_zeros
-from jaxopt_rules.numerics import abs2, ema, one_minus_power, over_root, quotient, sqrt
+from jaxopt_rules.numerics import abs2, ema, ema_of_squares, one_minus_power, over_root, sqrt
 from jaxopt_rules.rule import Rule, constructor
 from jaxopt_rules.schedules import Schedule
 from jaxopt_rules.select import Selector
@@ -24,22 +24,25 @@ class StableAdamwState(NamedTuple):
 def _moments(g: Array, m: Array, v: Array, t: Array, one_minus_b1: Array, one_minus_b2: Array) -> tuple[Array, Array]:
     # 1 − β̂ = (1 − β) / (1 − βᵗ) where β̂ = β (1 − βᵗ⁻¹) / (1 − βᵗ).
     m = ema(m, g, one_minus_b1 / one_minus_power(one_minus_b1, t))
-    v = ema(v, abs2(g), one_minus_b2 / one_minus_power(one_minus_b2, t))
-    # Behind the barrier the norm and the update read the new slots, so that XLA copies none of the old ones.
-    return lax.optimization_barrier((m, v))
+    return m, _second_moment(g, v, t, one_minus_b2)
 
 
-def _clip(g: Array, v: Array, eps: Array) -> Array:
-    # By squares: XLA would keep a root that the norm and the update share.
-    squares = quotient(abs2(g), jnp.maximum(v, eps * eps), otherwise=0)
+def _second_moment(g: Array, v: Array, t: Array, one_minus_b2: Array) -> Array:
+    return ema_of_squares(v, abs2(g), one_minus_b2 / one_minus_power(one_minus_b2, t))
+
+
+def _clip(g: Array, m: Array, v: Array, *, t: Array, one_minus_b2: Array, eps: Array) -> Array:
+    """1 / c"""
+    v = _second_moment(g, v, t, one_minus_b2)
+    squares = abs2(g) / jnp.maximum(v, jnp.maximum(eps * eps, jnp.finfo(v.dtype).tiny))
     return 1 / jnp.maximum(1, sqrt(jnp.sum(squares) / max(g.size, 1)))
 
 
 def _stable_adamw(
-    g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array
+    g: Array, m: Array, v: Array, *, t: Array, one_minus_b1: Array, one_minus_b2: Array, eps: Array, clip: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
-    return _clip(g, v, eps) * over_root(m, v, eps, "outside"), (m, v)
+    return clip * over_root(m, v, eps, "outside"), (m, v)
 
 
 def _stable_adamw_decayed(
@@ -52,13 +55,14 @@ def _stable_adamw_decayed(
     one_minus_b1: Array,
     one_minus_b2: Array,
     eps: Array,
+    clip: Array,
     weight_decay: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     m, v = _moments(g, m, v, t, one_minus_b1, one_minus_b2)
     d = over_root(m, v, eps, "outside")
     if weight_decay is not None:
         d = d + weight_decay * p
-    return _clip(g, v, eps) * d, (m, v)
+    return clip * d, (m, v)
 
 
 @constructor
@@ -71,13 +75,14 @@ def stable_adamw_direction(
     where: Selector | None = None,
 ) -> Rule:
     """The direction d of `stable_adamw`, decay inside, before any learning rate, for chains of your own."""
-    slots = {"v": real_zeros}
+    slots, sums = {"v": real_zeros}, {"clip": _clip}
     if weight_decay is None:
-        return leafwise(_stable_adamw, StableAdamwState, slots=slots, b1=b1, b2=b2, eps=eps)
+        return leafwise(_stable_adamw, StableAdamwState, slots=slots, sums=sums, b1=b1, b2=b2, eps=eps)
     return leafwise(
         _stable_adamw_decayed,
         StableAdamwState,
         slots=slots,
+        sums=sums,
         where={"weight_decay": where},
         b1=b1,
         b2=b2,
@@ -110,8 +115,7 @@ def stable_adamw(
     gradients. `weight_decay`, `where`, `decay` and `peak` are those of `descend`. By default decay is "inside", as
     above: c divides it, too.
 
-    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps the terms of
-    the rms of each array.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`.
 
     Differs from pytorch_optimizer in the default ε (1e-8 there, 1e-6 here and in optimi).
     """
