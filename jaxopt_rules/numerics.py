@@ -147,11 +147,11 @@ def quotient(x: ArrayLike, y: Array, otherwise: float) -> Array:
 def read_wide(x: Array) -> Array:
     """`x` in float32 or wider, for a sum over it that another use of `x` waits for.
 
-    Arrays narrower than float32 are read behind an optimization barrier. Without it XLA widens them once for
-    the sum and for whatever else reads them, and keeps that wide copy of the whole tree in memory.
+    Behind an optimization barrier: without it XLA widens or squares an array once for the sum and for whatever else
+    does the same with it, and keeps what comes of the whole tree in memory.
     """
     wide = widened(x.dtype)
-    return x if x.dtype == wide else lax.optimization_barrier(x).astype(wide)
+    return lax.optimization_barrier(x).astype(wide)
 
 
 def after(done: Sequence[Array], scalars: Any) -> Any:
@@ -169,7 +169,12 @@ def after(done: Sequence[Array], scalars: Any) -> Any:
 
 def anew(tree: Any) -> Any:
     """The same arrays, of which XLA computes once more what was computed of them before."""
-    return jax.tree.map(lambda x: lax.optimization_barrier(x) if is_inexact(x) else x, tree)
+    # All behind one barrier: around each array by itself, XLA still takes what is done with it for the same.
+    leaves, treedef = jax.tree.flatten(tree)
+    at = [k for k, x in enumerate(leaves) if is_inexact(x)]
+    for k, x in zip(at, lax.optimization_barrier([leaves[k] for k in at]), strict=True):
+        leaves[k] = x
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def sum_of_squares(tree: Any) -> Array:

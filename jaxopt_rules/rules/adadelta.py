@@ -23,7 +23,8 @@ class AdadeltaState(NamedTuple):
 def _adadelta(g: Array, v: Array, u: Array, *, one_minus_rho: Array, eps: Array) -> tuple[Array, tuple[Array, Array]]:
     v = ema_of_squares(v, abs2(g), one_minus_rho)
     d = over_root(sqrt(u + eps) * g, v, eps, "inside")
-    u = ema_of_squares(u, abs2(d), one_minus_rho)
+    # |d|² without its roots, which XLA would keep for both.
+    u = ema_of_squares(u, (u + eps) * abs2(g) / (v + eps), one_minus_rho)
     return d, (v, u)
 
 
@@ -53,8 +54,8 @@ def adadelta(
     The paper has no rate, α = 1. ε also decides how large the first steps are: √ε. `weight_decay`, `where`, `decay` and
     `peak` are those of `descend`.
 
-    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps two copies of
-    the direction's size, since d needs u as it was before.
+    Memory: 2 slots, 8 bytes per float32 parameter; 3 slots, 12 bytes, with `decay="initial"`. XLA keeps a copy of
+    u, since d needs it as it was before.
 
     Differs from TensorFlow in the default rate (0.001 there). From Optax and PyTorch in the default form of decay ("l2"
     there). From Optax in keywords, too: `weight_decay_mask` is `where`, and without a rate it gives d, which climbs
