@@ -79,7 +79,7 @@ class _Leaves(NamedTuple):
     treedef: Structure
     gs: list[Any]
     ps: list[Any]
-    alone: bool  # no parameters were given, and `ps` are all None
+    without_params: bool  # none were given, and `ps` are all None
     present: list[bool]  # whether leaf k takes part
     paths: Callable[[], list[str]]
 
@@ -237,7 +237,7 @@ class Lift(Clocked):
     def _slots(self, at: _Leaves, state: Any) -> list[list[Any]]:
         """The slots, slots[i][k] for slot i of leaf k, and whether all is there that the function asks for."""
         self.check_state(state)
-        if "p" in self.asked and at.alone:
+        if "p" in self.asked and at.without_params:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         slots = [trees.align(at.treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
         for k, g in enumerate(at.gs):
@@ -294,13 +294,13 @@ class Lift(Clocked):
 
     def _measured(self, grads: Callable[[], Any], whole: dict[str, Any], p: Any) -> dict[str, Any]:
         """`whole`, and what the measures say of these gradients, one after another."""
-        known = whole | {"p": p}
+        values = dict(whole)
         for name, measure in self.measures.items():
             seen = [grads()] if _positional_of(measure) else []
-            value = measure(*seen, **{asked: known[asked] for asked in _keywords_of(measure)})
+            keywords = {asked: p if asked == "p" else values[asked] for asked in _keywords_of(measure)}
             # Else XLA would compute it once more in the loop over each leaf, and compile that as often.
-            known[name] = lax.optimization_barrier(value)
-        return {name: value for name, value in known.items() if name != "p"}
+            values[name] = lax.optimization_barrier(measure(*seen, **keywords))
+        return values
 
     def _recorded(self, state: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         """The field of the state for what is recorded."""
