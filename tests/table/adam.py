@@ -82,6 +82,7 @@ ROWS = [
         chained(each(papers.nadamw, **ADAM, form="optax"), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "nadamw_timm",
@@ -134,6 +135,7 @@ ROWS = [
         chained(each(papers.adabelief, **BELIEF), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "adabelief_rectified",
@@ -148,6 +150,7 @@ ROWS = [
         chained(each(papers.yogi, 0.9, 0.999, 1e-3), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "yogi_paper",

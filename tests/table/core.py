@@ -53,7 +53,7 @@ ROWS = [
         thorough=True,
     ),
     Row("grokfast", lambda: jr.grokfast(0.9, 3.0), each(ref.grokfast, 0.9, 3.0), "factor"),
-    Row("scale", lambda: jr.scale(0.3), pointwise(lambda g, p, factor: factor * g, 0.3), "factor"),
+    Row("scale", lambda: jr.scale(0.3), pointwise(lambda g, p, factor: factor * g, 0.3), "factor", thorough=True),
     Row("trust_ratio", lambda: jr.trust_ratio(0.1), pointwise(ref.trust_ratio, 0.1, 0, 0, math.inf), "coefficient"),
     Row(
         "trust_ratio_bounded",
@@ -123,7 +123,7 @@ ROWS = [
         "momentum",
         thorough=True,
     ),
-    Row("nesterov", lambda: jr.momentum_direction(0.9, True), each(ref.velocity, 0.9, True), "momentum"),
+    Row("nesterov", lambda: jr.momentum_direction(0.9, True), each(ref.velocity, 0.9, True), "momentum", thorough=True),
     Row("adam_direction", lambda: jr.adam_direction(), each(ref.adam_direction, **ADAM), "b1"),
     Row(
         "adam_direction_step",

@@ -45,6 +45,7 @@ ROWS = [
         each(papers.momentum_inside, warmup_cosine, 0.9, weight_decay=0.1),
         "momentum",
         0.01,
+        thorough=True,
     ),
     Row(
         "sgd_tensorflow_nesterov",
@@ -60,6 +61,7 @@ ROWS = [
         each(ref.step, warmup_cosine, 0.1),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "sign_sgd",
@@ -67,6 +69,7 @@ ROWS = [
         chained(each(papers.signum_direction, 0.0), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row(
         "signum",
