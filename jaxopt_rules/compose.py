@@ -552,7 +552,7 @@ def cautious(rule: Rule) -> Definition:
 
         chain(cautious(adam_direction()), step(1e-3, weight_decay=0.1))
 
-    Memory: that of the rule, whose state it has.
+    Memory: that of the rule, whose state it has. During the update XLA keeps φ as numbers, 4 bytes per parameter.
 
     Differs from Algorithm 1 of the paper, which divides by mean(φ) + 1/numel; this is what the authors' code and timm
     do now.

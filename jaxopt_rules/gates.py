@@ -303,7 +303,8 @@ def accumulate(
     schedule of the number of finished updates, or be set in the state. `count` and all clocks inside tell finished
     updates, `metrics(state)["micro_step"]` the micro-batches since the last one (0 behind an update). Clipping inside,
     `accumulate(chain(clip, adamw), k)`, clips the mean; in front, `chain(clip, accumulate(adamw, k))`, each
-    micro-batch. Extra arguments are those of the k-th call.
+    micro-batch, and with "drop" XLA keeps what was clipped, for the test and for the sum. Extra arguments are those of
+    the k-th call.
 
     Args:
       rule: an optimizer; where it may do nothing itself (`skip_nonfinite`), it is asked in every k-th call.

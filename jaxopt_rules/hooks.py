@@ -172,7 +172,8 @@ def clip_by_value(max_value: float | Schedule) -> Rule:
 
     An infinite element becomes ±c, a NaN stays one. Complex gradients are refused.
 
-    Memory: none.
+    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps what the norm is of: a leaf or two under jax
+    0.10, all of them under 0.12.
     """
     return leafwise(_clip_by_value, ClipByValueState, ordered=True, max_value=max_value)
 
@@ -286,7 +287,8 @@ def centralize(axis: Axis = None) -> Rule:
     A unit is what feeds one output: all axes but the last, where JAX's layers have their outputs. `axis` names the
     axes that the mean is taken over instead. Vectors and scalars pass unchanged.
 
-    Memory: none.
+    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps what the norm is of: a leaf or two under jax
+    0.10, all of them under 0.12.
 
     Differs from Optax, which takes the mean over all axes but the first: the layout of PyTorch, here `axis=1` for
     matrices, `axis=(1, 2, 3)` for `OIHW`.
@@ -311,7 +313,7 @@ def zero_nonfinite() -> Rule:
 
     The other elements take their step. A step that is not to be taken at all is for `skip_nonfinite`.
 
-    Memory: none.
+    Memory: none. In front of a norm (`clip_by_global_norm`) XLA keeps what the norm is of.
 
     Differs from Optax's `zero_nans`, which lets infinities pass and records where there were NaNs.
     """

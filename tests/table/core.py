@@ -52,7 +52,7 @@ ROWS = [
         "decay",
         thorough=True,
     ),
-    Row("grokfast", lambda: jr.grokfast(0.9, 3.0), each(ref.grokfast, 0.9, 3.0), "factor"),
+    Row("grokfast", lambda: jr.grokfast(0.9, 3.0), each(ref.grokfast, 0.9, 3.0), "factor", thorough=True),
     Row("scale", lambda: jr.scale(0.3), pointwise(lambda g, p, factor: factor * g, 0.3), "factor", thorough=True),
     Row("trust_ratio", lambda: jr.trust_ratio(0.1), pointwise(ref.trust_ratio, 0.1, 0, 0, math.inf), "coefficient"),
     Row(

@@ -118,6 +118,7 @@ ROWS: list[Row] = [
         chained(each(papers.ldog_direction, reps_rel=0.1), each(ref.step, 1.0)),
         "reps_rel",
         0.1,
+        thorough=True,
     ),
     Row(
         "ldog_warmup",

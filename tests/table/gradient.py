@@ -77,6 +77,7 @@ ROWS = [
         chained(each(papers.signum_direction, 0.8), each(ref.step, warmup_cosine, 0.1)),
         "weight_decay",
         0.01,
+        thorough=True,
     ),
     Row("signum_direction", lambda: jr.signum_direction(), each(papers.signum_direction, 0.9), "beta", laws=False),
     Row(
