@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from jaxopt_rules import trees
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
@@ -298,8 +299,10 @@ class Lift(Clocked):
         for name, measure in self.measures.items():
             seen = [grads()] if _positional_of(measure) else []
             keywords = {asked: p if asked == "p" else values[asked] for asked in _keywords_of(measure)}
+            # Extra arguments may be functions, which nothing compiled can take.
+            function = measure if self.extra else _compiled_tree(measure, ())
             # Else XLA would compute it once more in the loop over each leaf, and compile that as often.
-            values[name] = lax.optimization_barrier(measure(*seen, **keywords))
+            values[name] = lax.optimization_barrier(function(*seen, **keywords))
         return values
 
     def _recorded(self, state: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,6 +352,13 @@ def in_a_row(
       What the last of them gives, or, if `applied`, the parameters that it is added to; and the new states.
     """
     at = matched(grads, params)
+    if not any(isinstance(g, Tracer) for g in at.gs):
+        # Where nothing is traced, nothing need be computed anew: the formulas go on from what a measure has read.
+        for i, rule in enumerate(rules):
+            if i > 0 and any(map(_positional_of, rule.measures.values())):
+                passed, first = in_a_row(rules[:i], grads, states[:i], params, extras[:i])
+                result, others = in_a_row(rules[i:], passed, states[i:], params, extras[i:], applied=applied)
+                return result, first + others
     model = grads if params is None else params
     parts = [_Part(rule, at, state, model, extra) for rule, state, extra in zip(rules, states, extras, strict=True)]
     behind = False  # whether formulas have run before, for a measure of what they give
@@ -384,6 +394,8 @@ class _Part:
         self.count, whole, self.hyper = rule._advance(state)
         self.whole = whole | rule._extra(extra)
         self.own = rule._per_leaf(at, model)
+        self.function, self.name, self.forms = weakref.ref(rule.function), _name_of(rule.function), rule._forms
+        self.sums = tuple((name, weakref.ref(total)) for name, total in rule.sums.items())
         self.scalars: dict[jnp.dtype, dict[str, Any]] = {}  # for formulas in this precision
 
     def measure(self, grads: Callable[[], Any]) -> list[Array]:
@@ -409,19 +421,17 @@ class _Part:
         wide = functools.reduce(jnp.promote_types, slot_dtypes) if slot_dtypes else widened(like.dtype)
         if jnp.issubdtype(g.dtype, jnp.complexfloating):
             wide = jnp.promote_types(wide, jnp.complex64)
-        keywords = self._in(real(wide)) | {
-            name: value if _is_static(value) or value is None else jnp.asarray(value, real(wide))
-            for name, value in self.own(k).items()
+        own = self.own(k)
+        known = self.forms + tuple((name, value) for name, value in own.items() if _is_static(value))
+        traced = self._in(real(wide)) | {
+            name: value if value is None else jnp.asarray(value, real(wide))
+            for name, value in own.items()
+            if not _is_static(value)
         }
         if "key" in self.rule.wants:
             # By path, so that a leaf's noise does not depend on what other leaves there are.
-            keywords["key"] = jax.random.fold_in(self.whole["key"], zlib.crc32(self.at.paths()[k].encode()))
-        known = self.rule._forms + tuple((name, value) for name, value in keywords.items() if _is_static(value))
-        traced = {name: value for name, value in keywords.items() if not _is_static(value)}
-        function = self.rule.function
-        sums = tuple((name, weakref.ref(total)) for name, total in self.rule.sums.items())
-        formula = _Formula(weakref.ref(function), _name_of(function), jnp.dtype(wide), known, sums)
-        return formula, traced
+            traced["key"] = jax.random.fold_in(self.whole["key"], zlib.crc32(self.at.paths()[k].encode()))
+        return _Formula(self.function, self.name, wide, known, self.sums), traced
 
     def _in(self, dtype: Any) -> dict[str, Any]:
         """What is the same for all leaves, numbers in this precision."""
