@@ -27,6 +27,7 @@ ORDER = [
     ["state", "explain"],
     ["stateful"],
     ["models"],
+    ["interop"],
     ["conformance"],
     ["experiments"],
     ["__main__"],
