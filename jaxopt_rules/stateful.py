@@ -26,7 +26,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.tree_util import DictKey, tree_flatten_with_path
 
-from jaxopt_rules import trees
+from jaxopt_rules import trees, variables
 from jaxopt_rules.averages import eval_params
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
@@ -56,6 +56,7 @@ from jaxopt_rules.state import (
     state_dict,
 )
 from jaxopt_rules.trees import Structure
+from jaxopt_rules.variables import is_module
 
 Hook = Rule | Callable[[list[Parameter]], Any]
 
@@ -191,12 +192,35 @@ class _Key:
         return self.name
 
 
+class _OfVariable(Parameter):
+    """A variable of a Flax NNX module as a Parameter."""
+
+    __slots__ = ("variable",)
+
+    def __init__(self, variable: Any) -> None:
+        self.variable, self.grad = variable, None
+
+    @property
+    def data(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return variables.value(self.variable)
+
+    @data.setter
+    def data(self, new: Any) -> None:
+        variables.write([self.variable], [new])
+
+
+def _holds_parameters(model: Any) -> bool:
+    """Whether a model is updated in place."""
+    return is_model(model) or is_module(model)
+
+
 class Optimizer:
     """Updates models in place with a rule.
 
         opt = Optimizer(chain(clip_by_global_norm(1.0), adamw(3e-4)))
         opt.update(model)                 # a model with params(): uses and keeps Parameter.grad
-        tree = opt.update(tree, grads)    # any pytree: returns the new one
+        opt.update(module, grads)         # a Flax NNX module: in place
+        tree = opt.update(tree, grads)    # any other pytree: returns the new one
 
     The hyperparameters of the rule are attributes (`opt.learning_rate = 1e-4`). An assigned number, or schedule,
     takes effect at the next update; a number does not compile anything anew.
@@ -226,6 +250,7 @@ class Optimizer:
         self._structure: Structure | None = None  # of the model, where it is a pytree
         self._schedules: dict[str, Schedule] = {}  # assigned to fields
         self._overruled: set[Address] = set()  # hyperparameters for which the rule has a schedule, and a field another
+        self._of_variables: dict[int, _OfVariable] = {}  # NNX variables, by their identity, as Parameters
         self._running: _Running | None = None
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._set_state(self._init({}))
@@ -378,6 +403,7 @@ class Optimizer:
         other.__dict__.update(self.__dict__)
         other._leaves = [trees.placed_like(jnp.array(leaf), leaf) for leaf in self._leaves]
         other._keys, other._schedules, other._overruled = dict(self._keys), dict(self._schedules), set(self._overruled)
+        other._of_variables = dict(self._of_variables)
         other._programs, other._running = {}, None
         return other
 
@@ -391,15 +417,17 @@ class Optimizer:
 
         Args:
           model: with `params()`: its parameters are updated in place from their `.grad`; gradients are not cleared.
-            With `grads`: any pytree of arrays.
-          grads: a tree like the model; `None` in it, as in `.grad`, means that the parameter takes no part.
+            With `grads`: a Flax NNX module, which is updated in place, too, or any other pytree of arrays.
+          grads: a tree like the model, or what `nnx.grad` gives. `None` in it, as in `.grad`, means that the parameter
+            takes no part.
           **extra: extra arguments of the rule, such as `value`.
 
         Returns:
           The model: the same object where it was mutated, and the new one where `grads` were given.
 
         Raises:
-          ValueError: a gradient has another shape than its parameter, or a pytree has another structure than before.
+          ValueError: a gradient has another shape than its parameter, or a pytree has another structure than before,
+            or an NNX module has no variable at the path of a gradient.
           TypeError: the model is neither; it is called on traced arrays; an extra argument is unknown.
           When it raises, nothing has changed. An interrupt that comes too late to undo the step completes it.
         """
@@ -407,7 +435,12 @@ class Optimizer:
         running = _Running()
         try:
             self._running = running
-            new = self._update_parameters(model, extra) if grads is None else self._update_tree(model, grads, extra)
+            if is_module(model) and grads is not None:
+                new = self._update_module(model, grads, extra)
+            elif grads is None:
+                new = self._update_parameters(model, named_parameters(model), extra)
+            else:
+                new = self._update_tree(model, grads, extra)
         except BaseException:
             # An interrupt behind the compiled step finds the old state donated: the step is completed.
             if running.finish():
@@ -424,8 +457,34 @@ class Optimizer:
             self._assign(field, value)
         return new
 
-    def _update_parameters(self, model: Model, extra: Mapping[str, Any]) -> Model:
-        named = named_parameters(model)
+    def _update_module(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
+        named = self._parameters(model)
+        by_path = {path: parameter for parameter, path in named.items()}
+        parts, gs = variables.gradients(grads)
+        given = dict(zip(map(variables.path, parts), gs, strict=True))
+        if unknown := [name for name in given if name not in by_path]:
+            shown = ", ".join(map(trees.quoted, unknown[:3]))
+            raise ValueError(f"the module has no variable at {shown}, where the gradients have one")
+        try:
+            for name, g in given.items():
+                by_path[name].grad = g
+            return self._update_parameters(model, named, extra)
+        finally:
+            for parameter in named:
+                parameter.grad = None
+
+    def _parameters(self, model: Any) -> Mapping[Parameter, str]:
+        """What a model holds that can be updated in place, and its names."""
+        if not is_module(model):
+            return named_parameters(model)
+        named = {}
+        for name, variable in variables.listing(model).by_path.items():
+            if id(variable) not in self._of_variables:
+                self._of_variables[id(variable)] = _OfVariable(variable)
+            named[self._of_variables[id(variable)]] = name
+        return named
+
+    def _update_parameters(self, model: Any, named: Mapping[Parameter, str], extra: Mapping[str, Any]) -> Any:
         self._check_kind(Parameter)
         listed = [parameter for parameter in named if parameter.grad is not None]
         if self._first:
@@ -567,7 +626,8 @@ class Optimizer:
             results.clear()
             raise TypeError(
                 f"{type(self).__name__}.update changes objects, which jax.jit cannot trace; "
-                "inside a compiled function, use the rule: params, state = rule.apply(grads, state, params)"
+                "inside a compiled function, use the rule: params, state = rule.apply(grads, state, params), "
+                "or, for a Flax NNX module, jaxopt_rules.interop.nnx.Optimizer"
             )
         finish()
 
@@ -595,7 +655,7 @@ class Optimizer:
         They differ where the rule keeps an average (`average`, `lookahead`). What is assigned inside to `.data` is
         lost.
         """
-        known = {self._keys[p]: p for p in named_parameters(model) if p in self._keys}
+        known = {self._keys[p]: p for p in self._parameters(model) if p in self._keys}
         values = dict.fromkeys(self._keys.values()) | {key: p.data for key, p in known.items()}
         averaged = eval_params(self._state["rule"], values)
         try:
@@ -624,8 +684,8 @@ class Optimizer:
 
     def _named(self, model: Any) -> dict[str, Parameter | str]:
         """What can have state in this model, by its name there."""
-        if is_model(model):
-            return {name: parameter for parameter, name in named_parameters(model).items()}
+        if _holds_parameters(model):
+            return {name: parameter for parameter, name in self._parameters(model).items()}
         return {path: path for path in trees.paths(model)}
 
     def state_dict(self, model: Any) -> dict[str, np.ndarray]:
@@ -646,8 +706,8 @@ class Optimizer:
           ValueError: names are missing or unexpected, or a shape differs; then nothing has changed.
         """
         named = self._named(model)
-        self._check_kind(Parameter if is_model(model) else str)
-        arrays = named if is_model(model) else dict(zip(named, trees.flatten(model)[0], strict=True))
+        self._check_kind(Parameter if _holds_parameters(model) else str)
+        arrays = named if _holds_parameters(model) else dict(zip(named, trees.flatten(model)[0], strict=True))
         values = {name: x.data if isinstance(x, Parameter) else x for name, x in arrays.items()}
         complete = self._init({_Key(name): x for name, x in values.items()})
         paths = [path for path, _ in tree_flatten_with_path(complete)[0]]
@@ -671,7 +731,7 @@ class Optimizer:
         loaded = {_Key(name): keys[x] for name, x in named.items()}
         state = _rekeyed(state, frozenset(loaded), loaded)
         before, self._keys, self._born = self._state, keys, born
-        self._structure = None if is_model(model) else trees.flatten(model)[1]
+        self._structure = None if _holds_parameters(model) else trees.flatten(model)[1]
         self._set_state(_carried_over(state, _carried_over(before, self._init(self._values(values)))))
 
 

@@ -1,6 +1,5 @@
 """How the library reads pytrees: which leaves take part, what they are called, and how two trees are matched."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxopt_rules.numerics import is_inexact, widened
+from jaxopt_rules.variables import is_variable, nnx
 
 Structure = Any  # jax.tree_util.PyTreeDef, which is no type to a type checker
 
@@ -29,21 +29,15 @@ def paths(tree: Any) -> list[str]:
     return [_path(keys) for keys, _ in _leaves_with_keys(tree, _is_none)]
 
 
-def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Structure]:
+def flatten_with_paths(tree: Any, separator: str = "/") -> tuple[list[tuple[str, Any]], Structure]:
     """(path, leaf) for every leaf of `jax.tree.leaves(tree)`, where `None` is no leaf, and the structure."""
-    return [(_path(keys), leaf) for keys, leaf in _leaves_with_keys(tree)], jax.tree.structure(tree)
+    return [(_path(keys, separator), leaf) for keys, leaf in _leaves_with_keys(tree)], jax.tree.structure(tree)
 
 
 def _leaves_with_keys(tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False) -> list[tuple[Any, Any]]:
     """As JAX gives them, but that a Flax NNX variable, which holds one array, adds no key of its own."""
-    variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
-    if variable is None:
+    if nnx() is None:
         return tree_flatten_with_path(tree, is_leaf)[0]
-
-    # Not `isinstance`, which the metaclass of variables makes slow.
-    def is_variable(x: Any) -> bool:
-        return issubclass(type(x), variable)
-
     found = []
     for keys, x in tree_flatten_with_path(tree, lambda x: is_leaf(x) or is_variable(x))[0]:
         if is_variable(x):
@@ -54,8 +48,8 @@ def _leaves_with_keys(tree: Any, is_leaf: Callable[[Any], bool] = lambda x: Fals
     return found
 
 
-def _path(keys: Any) -> str:
-    return keystr(keys, simple=True, separator="/")
+def _path(keys: Any, separator: str = "/") -> str:
+    return keystr(keys, simple=True, separator=separator)
 
 
 def check_distinct(paths: Sequence[str], what: str) -> None:
@@ -163,6 +157,7 @@ def placed_with(leaves: Sequence[Any], scalars: Any) -> Any:
 
 def placed_like(new: jax.Array, old: Any) -> jax.Array:
     """`new` where `old` is, if that is bound to a place; one that is not goes wherever the others are."""
-    if isinstance(old, Tracer) or not getattr(old, "committed", False):
+    bound = old.sharding is not None if isinstance(old, jax.ShapeDtypeStruct) else getattr(old, "committed", False)
+    if isinstance(old, Tracer) or not bound:
         return new
     return jax.device_put(new, old.sharding)

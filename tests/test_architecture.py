@@ -16,7 +16,7 @@ PACKAGE = Path(jr.__file__).parent
 
 # A module may import those in front of it. Modules on one line do not import each other.
 ORDER = [
-    ["numerics", "schedules", "hyperparameters", "tables"],
+    ["numerics", "schedules", "hyperparameters", "tables", "variables"],
     ["trees"],
     ["select", "parameters", "families"],
     ["rule"],
