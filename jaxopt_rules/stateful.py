@@ -205,7 +205,7 @@ class _OfVariable(Parameter):
         return variables.value(self.variable)
 
     @data.setter
-    def data(self, new: Any) -> None:
+    def data(self, new: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         variables.write([self.variable], [new])
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-Parts = tuple[str | int, ...]
+Parts = tuple[Any, ...]  # names and positions
 
 
 def nnx() -> Any:
@@ -123,8 +123,8 @@ def write(variables: Iterable[Any], new: Sequence[Any]) -> None:
     # tracer can be stored from every trace.
     directly = _is_stored_as_known() and not any(isinstance(x, Tracer) for x in new[:1])
     for variable, x in zip(variables, new, strict=True):
-        if variable.ref:
-            variable.get_raw_value()[...] = x
+        if variable.ref and isinstance(ref := variable.get_raw_value(), jax.Ref):
+            ref[...] = x
         elif directly:
             object.__setattr__(variable, "_raw_value", x)
         else:

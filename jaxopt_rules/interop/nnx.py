@@ -20,7 +20,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,10 @@ from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, not_an_
 from jaxopt_rules.state import LoadReport
 from jaxopt_rules.variables import Listing, Parts, is_variable, value, write
 
-nnx = needed("flax.nnx", "flax")
+if TYPE_CHECKING:
+    from flax import nnx
+else:
+    nnx = needed("flax.nnx", "flax")
 
 
 class OptState(nnx.Variable):

@@ -76,15 +76,20 @@ def flat(
 def flax_updates(
     nnx: Any, optax: Any, params: dict[str, np.ndarray], grads: dict[str, np.ndarray]
 ) -> dict[str, Callable[[], object]]:
+    from jaxopt_rules.interop.nnx import Optimizer  # needs flax
+
     class Module(nnx.Module):
         def __init__(self) -> None:
             self.w = nnx.List([nnx.Param(jnp.array(x)) for x in params.values()])
 
-    compiled = nnx.jit(lambda model, optimizer, gs: optimizer.update(model, gs))
+    def eagerly(model: Any, optimizer: Any, gs: Any) -> None:
+        optimizer.update(model, gs)
 
-    def caller(update: Callable[[Any, Any, Any], object]) -> Callable[[], object]:
+    compiled = nnx.jit(eagerly)
+
+    def caller(kind: Any, rule: Any, update: Callable[[Any, Any, Any], object]) -> Callable[[], object]:
         model = Module()
-        optimizer = nnx.Optimizer(model, ADAMW.optax(optax), wrt=nnx.Param)
+        optimizer = kind(model, rule, wrt=nnx.Param)
         values, treedef = jax.tree.flatten(nnx.state(model, nnx.Param))
         gs = jax.tree.unflatten(treedef, [jnp.array(g) for g in grads.values()])
         if len(values) != len(grads):
@@ -97,8 +102,10 @@ def flax_updates(
         return call
 
     return {
-        "flax: nnx.Optimizer.update": caller(lambda model, optimizer, gs: optimizer.update(model, gs)),
-        "flax: the same in nnx.jit": caller(compiled),
+        "flax: nnx.Optimizer.update": caller(nnx.Optimizer, ADAMW.optax(optax), eagerly),
+        "flax: the same in nnx.jit": caller(nnx.Optimizer, ADAMW.optax(optax), compiled),
+        "ours: interop.nnx.Optimizer.update": caller(Optimizer, ADAMW.ours(), eagerly),
+        "ours: the same in nnx.jit": caller(Optimizer, ADAMW.ours(), compiled),
     }
 
 
