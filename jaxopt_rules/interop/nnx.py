@@ -99,7 +99,7 @@ class Optimizer(nnx.Pytree):
         listing = variables.listing(model, self.wrt)
         gs = _gradients(grads, self.wrt, listing)
         slots = _slots(self)
-        functions, rest = (), None
+        functions, rest = (), []
         if extra:
             accepts = definition_of(self.rule).accepts
             check_extra(repr(self.rule), accepts, extra)
@@ -107,8 +107,10 @@ class Optimizer(nnx.Pytree):
             extra = {name: x for name, x in extra.items() if accepts is None or name in accepts}
         if "value_fn" in extra:
             graph, _, others = nnx.split(model, self.wrt, ...)
-            rest = nnx.as_pure(others)
-            functions = (("value_fn", _OfParameters(extra.pop("value_fn"), graph, listing.parts)),)
+            fixed = nnx.to_flat_state(others)
+            rest = [value(x) if is_variable(x) else x for x in fixed.leaves]
+            loss = _OfParameters(extra.pop("value_fn"), graph, listing.parts, tuple(fixed.paths))
+            functions = (("value_fn", loss),)
         program = _program(
             self.rule,
             slots.structure,
@@ -261,11 +263,13 @@ class _OfParameters:
 
     function: Callable[[Any], Any]
     graph: Any
-    parts: tuple[Parts, ...]
+    parameters: tuple[Parts, ...]
+    others: tuple[Parts, ...]
 
-    def at(self, rest: Any, params: Mapping[str, Any]) -> Any:
-        flat = {parts: params[variables.path(parts)] for parts in self.parts}
-        return self.function(nnx.merge(self.graph, nnx.from_flat_state(flat), rest))
+    def at(self, rest: list[Any], params: Mapping[str, Any]) -> Any:
+        flat = {parts: params[variables.path(parts)] for parts in self.parameters}
+        flat |= dict(zip(self.others, rest, strict=True))
+        return self.function(nnx.merge(self.graph, nnx.from_flat_state(flat)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +288,12 @@ _program = functools.lru_cache(maxsize=4096)(_Program)
 
 
 def _step(
-    program: _Program, slots: list[Any], values: list[Any], grads: list[Any], rest: Any, extra: dict[str, Any]
+    program: _Program,
+    slots: list[Any],
+    values: list[Any],
+    grads: list[Any],
+    rest: list[Any] | None,
+    extra: dict[str, Any],
 ) -> tuple[list[Any], list[Any]]:
     functions = {
         name: functools.partial(f.at, rest) if isinstance(f, _OfParameters) else f for name, f in program.functions
