@@ -292,7 +292,7 @@ def _step(
     slots: list[Any],
     values: list[Any],
     grads: list[Any],
-    rest: list[Any] | None,
+    rest: list[Any],
     extra: dict[str, Any],
 ) -> tuple[list[Any], list[Any]]:
     functions = {
