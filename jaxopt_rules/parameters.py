@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeGuard
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -167,9 +166,11 @@ def _make_backward(
 
     @jax.jit
     def run(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any, list[Array | None]]:
+        from jax.extend.core import jaxpr_as_fun  # here, since it brings Pallas, which takes as long as this library
+
         # One trace of loss_fn serves the value, the gradient, and the question which parameters it depends on.
         program, shapes = jax.make_jaxpr(loss_of, return_shape=True)(datas, args)
-        evaluate = jax.extend.core.jaxpr_as_fun(program)
+        evaluate = jaxpr_as_fun(program)
         treedef = jax.tree.structure(shapes)
 
         def value(chosen: dict[int, Array]) -> tuple[Array, Any]:

@@ -19,7 +19,6 @@ from decimal import Decimal
 from typing import Any, ClassVar, cast
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
