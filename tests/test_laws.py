@@ -7,7 +7,7 @@
 row: a `Probe` runs one program that holds all of it, and the tests read its results.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import chex
@@ -188,14 +188,13 @@ class Probe:
         return jax.tree.map(lambda x: x[case], self.runs)
 
 
-@cache
-def probed(name: str) -> Probe:
-    (row,) = (row for row in ROWS if row.name == name)
-    return Probe(row)
+PROBES: dict[str, Probe] = {}  # by name: rows with a dict do not hash
 
 
 def probe(row: Row) -> Probe:
-    return probed(row.name)  # rows with a dict do not hash
+    if row.name not in PROBES:
+        PROBES[row.name] = Probe(row)
+    return PROBES[row.name]
 
 
 @pytest.fixture(autouse=True)
