@@ -39,6 +39,10 @@ class Composed(Definition):
         """Its members, each with the place of its state in the whole state."""
         raise NotImplementedError
 
+    def seen(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Any]]:
+        """For each member, the leaves as it sees them: `None` for what is not its own."""
+        return [list(leaves) for _ in self.members]
+
     @property
     def place(self) -> Place:
         return joint_place(member.place for _, member in self.members)
@@ -276,6 +280,10 @@ class _Groups(Composed):
     @property
     def members(self) -> Sequence[tuple[tuple[str | int, ...], Definition]]:
         return [((label,) if self.labelled else (), definition_of(rule)) for label, rule in self.rules.items()]
+
+    def seen(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Any]]:
+        owners = self.owners(paths, leaves)
+        return [_only(leaves, owners, label) for label in self.rules]
 
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         owners = self.owners(paths, leaves)

@@ -368,6 +368,7 @@ def adafactor_pytorch(
     min_rms: float | Schedule = 1e-3,
     clipping_threshold: float | Schedule = 1.0,
     *,
+    views: Factoring = "last",
     weight_decay: float | Schedule | None = None,
     where: Selector | None = None,
 ) -> Rule:
@@ -380,6 +381,8 @@ def adafactor_pytorch(
 
     Args:
       learning_rate, decay_rate, eps, min_rms, clipping_threshold: `lr`, minus `beta2_decay`, the two of `eps`, `d`.
+      views: those of `adafactor`. "last" is PyTorch's, in PyTorch's layout: there a convolution is factored as here one
+        of (h, w, in, out) is by `[(by_ndim(2), MatrixView()), (by_ndim(4), MatrixView(rows=-4, columns=-3))]`.
 
     Memory: of m rows and n columns 4 (m + n) bytes; 4 bytes for each other parameter.
 
@@ -393,7 +396,7 @@ def adafactor_pytorch(
         clipping_threshold=clipping_threshold,
         eps=eps,
         eps_placement="max",
-        views="last",
+        views=views,
         relative_step=True,
         min_rms=min_rms,
         weight_decay=weight_decay,
