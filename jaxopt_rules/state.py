@@ -319,7 +319,7 @@ def _leaf_names(state: Any) -> list[_LeafName]:
         owner = ".".join((*family.labels, family.name))
         taken[owner] = taken.get(owner, 0) + 1
         owner = owner if taken[owner] == 1 else f"{owner}#{taken[owner]}"
-        named = {field: _with_names(part, owner, field) for field, part in family.own.items()}
+        named = {field: _names_in(part, owner, field) for field, part in family.own.items()}
         # The value of a schedule is saved under the name of the hyperparameter, which may be a plain number later.
         named["hyper"] = {
             key: jax.tree.map(lambda _, key=key: _LeafName(owner, "hyper", key), x)
@@ -327,13 +327,13 @@ def _leaf_names(state: Any) -> list[_LeafName]:
         }
         return family.state._replace(**named)
 
-    leaves, _ = trees.flatten_with_paths(map_families(name_family, state))
-    return [x if isinstance(x, _LeafName) else _LeafName("", "", path.replace("/", ".")) for path, x in leaves]
+    leaves, _ = trees.flatten_with_paths(map_families(name_family, state), separator=".")
+    return [x if isinstance(x, _LeafName) else _LeafName("", "", path) for path, x in leaves]
 
 
-def _with_names(part: Any, owner: str, field: str) -> Any:
-    leaves, treedef = trees.flatten_with_paths(part)
-    return jax.tree.unflatten(treedef, [_LeafName(owner, field, path) for path, _ in leaves])
+def _names_in(part: Any, owner: str, field: str) -> list[_LeafName]:
+    # A list, and no tree like the field: nodes of other libraries may refuse to hold what is no array.
+    return [_LeafName(owner, field, path) for path, _ in trees.flatten_with_paths(part)[0]]
 
 
 def leaf_names(state: Any) -> list[str]:
@@ -351,13 +351,38 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(_dtype(x), jax.dtypes.prng_key)
 
 
+def _key_impl(x: Any) -> Any:
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), x)  # it takes no struct by itself
+    return found[0]
+
+
 def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 def _stored(x: Any) -> Any:
     """What is saved of a leaf: the numbers of a typed PRNG key, any other array itself."""
-    return jax.random.key_data(x) if _is_key(x) else x
+    if not _is_key(x):
+        return x
+    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
+
+
+def named_leaves(state: Any) -> dict[str, Any]:
+    """What is saved of each leaf, itself and no copy, by its name. Works on `ShapeDtypeStruct`s.
+
+    Raises:
+      TypeError: a leaf is neither an array nor a number.
+      ValueError: two leaves have the same name.
+    """
+    names, leaves = leaf_names(state), jax.tree.leaves(state)
+    trees.check_distinct(names, "the state")
+    for name, x in zip(names, leaves, strict=True):
+        if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
+            raise TypeError(
+                f"{trees.quoted(name)} is {x!r}, which cannot be saved; leave it out: eqx.filter(model, eqx.is_array)"
+            )
+    return dict(zip(names, map(_stored, leaves), strict=True))
 
 
 def state_dict(state: Any) -> dict[str, np.ndarray]:
@@ -371,10 +396,7 @@ def state_dict(state: Any) -> dict[str, np.ndarray]:
     clipping is put in front, a number becomes a schedule, or `accumulate` is put around. Typed PRNG keys are saved as
     their numbers, states of other libraries under their positions.
     """
-    arrays = (np.array(_stored(x), order="C") for x in jax.tree.leaves(state))
-    names = leaf_names(state)
-    trees.check_distinct(names, "the state")
-    return dict(zip(names, arrays, strict=True))
+    return {name: np.array(x, order="C") for name, x in named_leaves(state).items()}
 
 
 class LoadReport(NamedTuple):
@@ -411,7 +433,8 @@ def load_state_dict(
 
     Args:
       state: one of the structure wanted, as `rule.init(params)` makes it. Its shapes, dtypes, kinds of PRNG keys and
-        placement on devices hold for the result.
+        placement on devices hold for the result: what is an array of NumPy or a Python number there stays one. Where
+        leaves are `ShapeDtypeStruct`s, nothing may be missing.
       saved: arrays by name. A number is cast to the dtype of the state if it is of the same kind: float64 to float32,
         but not float32 to int32.
       strict: whether everything must fit; else what does not stays as it is in `state`.
@@ -419,6 +442,17 @@ def load_state_dict(
 
     Raises:
       ValueError: `strict`, and something does not fit; or a saved hyperparameter is outside its domain.
+    """
+    copies = {name: jnp.array(x) if isinstance(x, Array) and not _is_key(x) else x for name, x in saved.items()}
+    return take_over(state, copies, strict, hyperparams)
+
+
+def take_over(
+    state: T, saved: Mapping[str, Any], strict: bool = True, hyperparams: Literal["saved", "new"] = "saved"
+) -> tuple[T, LoadReport]:
+    """As `load_state_dict`, but that JAX's arrays in `saved` may become the state's own.
+
+    For what is not loaded because it does not fit, a `ShapeDtypeStruct` may stand in `saved`.
     """
     if hyperparams not in ("saved", "new"):
         raise ValueError(f"hyperparams is 'saved' or 'new', not {hyperparams!r}")
@@ -450,20 +484,29 @@ def load_state_dict(
         _restored(values[str(name)], leaf) if str(name) in fitting else leaf
         for name, leaf in zip(names, leaves, strict=True)
     ]
+    if absent := [str(name) for name, x in zip(names, restored, strict=True) if isinstance(x, jax.ShapeDtypeStruct)]:
+        raise ValueError(f"{', '.join(absent[:5])} cannot be loaded and is abstract in the state: give it a value")
     loaded = jax.tree.unflatten(treedef, restored)
     for entry in () if new else hyperparameter_entries(loaded).values():
         check(entry.key, _value(entry), jnp.shape(_value(entry)))
     return loaded, report
 
 
-def _readable(saved: Any, like: Any) -> np.ndarray:
+def _readable(saved: Any, like: Any) -> Any:
     """A saved array; of types that NumPy does not know, such as bfloat16, its files hold the bytes alone."""
+    if isinstance(saved, Array | jax.ShapeDtypeStruct):
+        return saved
     x, dtype = np.asarray(saved), _dtype(like)
     return x.view(dtype) if x.dtype.type is np.void and x.dtype.itemsize == dtype.itemsize else x
 
 
-def _restored(saved: np.ndarray, leaf: Any) -> Array:
-    new = jnp.array(saved, _dtype(_stored(leaf)))
+def _restored(saved: Any, leaf: Any) -> Any:
+    if isinstance(leaf, int | float | complex) and not isinstance(leaf, np.generic):
+        return type(leaf)(np.asarray(saved).item())
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.array(saved, leaf.dtype)
+    dtype = _dtype(_stored(leaf))
+    new = saved.astype(dtype) if isinstance(saved, Array) else jnp.array(saved, dtype)
     if _is_key(leaf):
-        new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(leaf))
+        new = jax.random.wrap_key_data(new, impl=_key_impl(leaf))
     return trees.placed_like(new, leaf)

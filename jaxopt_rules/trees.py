@@ -157,7 +157,12 @@ def placed_with(leaves: Sequence[Any], scalars: Any) -> Any:
 
 def placed_like(new: jax.Array, old: Any) -> jax.Array:
     """`new` where `old` is, if that is bound to a place; one that is not goes wherever the others are."""
-    bound = old.sharding is not None if isinstance(old, jax.ShapeDtypeStruct) else getattr(old, "committed", False)
-    if isinstance(old, Tracer) or not bound:
-        return new
-    return jax.device_put(new, old.sharding)
+    sharding = binding(old)
+    return new if sharding is None else jax.device_put(new, sharding)
+
+
+def binding(x: Any) -> jax.sharding.Sharding | None:
+    """The place that an array, or a struct that stands for one, is bound to."""
+    if isinstance(x, Tracer):
+        return None
+    return x.sharding if getattr(x, "committed", isinstance(x, jax.ShapeDtypeStruct)) else None
