@@ -60,7 +60,8 @@ def _prng_key(key: Any) -> Array:
     Raises:
       TypeError: it is neither.
     """
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+    seed = isinstance(key, jax.Array | np.integer) and key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
+    if seed or (isinstance(key, int) and not isinstance(key, bool)):
         return jax.random.key(key)
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return jax.random.wrap_key_data(jnp.array(jax.random.key_data(key)), impl=jax.random.key_impl(key))
@@ -238,7 +239,8 @@ class Lift(Clocked):
     def _slots(self, at: _Leaves, state: Any) -> list[list[Any]]:
         """The slots, slots[i][k] for slot i of leaf k, and whether all is there that the function asks for."""
         self.check_state(state)
-        if "p" in self.asked and at.without_params:
+        # A group of `partition` may have nothing of a tree that is one array: gradients and parameters are None.
+        if "p" in self.asked and at.without_params and any(at.present):
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         slots = [trees.align(at.treedef, getattr(state, slot), f"the state's {slot}") for slot in self.births]
         for k, g in enumerate(at.gs):

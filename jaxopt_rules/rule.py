@@ -338,6 +338,11 @@ _ELSEWHERE = {
     "eps_root": 'eps with eps_placement="inside"',
     "mu_dtype": "not needed: slots are float32 or wider",
     "accumulator_dtype": "not needed: slots are float32 or wider",
+    "state_dtype": "not needed: slots are float32 or wider",
+    "eps_in_sqrt": 'eps_placement, "inside" or "outside"',
+    "weight_decay_rate": 'weight_decay with decay="fixed"',
+    "decoupled_weight_decay": 'decay, "decoupled" or "l2"',
+    "maximize": "scale(-1.0) in front, in a chain",
 }
 
 

@@ -316,6 +316,14 @@ def test_noise_in_scan_and_under_vmap():
     np.testing.assert_allclose(etas[1], 2 * etas[0], rtol=1e-6)
 
 
+def test_a_seed_may_be_an_array():
+    g = jnp.zeros(3)
+    expected = once(jr.add_noise(1.0, key=3), g)
+    assert (once(jr.add_noise(1.0, key=jnp.int32(3)), g) == expected).all()
+    traced = jax.jit(lambda seed: once(jr.add_noise(1.0, key=seed), g))
+    np.testing.assert_allclose(traced(3), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("key", [jax.random.PRNGKey(0), 0.5, None, True])
 def test_keys_that_are_refused(key):
     with pytest.raises(TypeError, match=r"seed \(an integer\) or a typed key, jax.random.key\(0\)|is given one"):

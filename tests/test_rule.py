@@ -61,6 +61,7 @@ def test_a_rule_prints_as_it_was_written(rule, text):
             r"adam: got an unexpected keyword.*'mask'; mask is where.*; it takes learning_r",
         ),
         (lambda: jr.adamw(lr=0.1), "lr is learning_rate; it takes learning_rate, b1, b2"),
+        (lambda: jr.rmsprop(0.1, eps_in_sqrt=False), 'eps_in_sqrt is eps_placement, "inside" or "outside"; it takes'),
         (lambda: jr.adam(betas=(0.9, 0.99)), "betas is b1 and b2"),
         (lambda: jr.adam(eps_root=1e-8), 'eps_root is eps with eps_placement="inside"'),
         (lambda: jr.adam(weight_decay=0.1), "unexpected keyword argument 'weight_decay'; it takes learning_rate"),

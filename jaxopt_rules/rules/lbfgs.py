@@ -12,7 +12,7 @@ from jaxopt_rules.apply import step
 from jaxopt_rules.compose import chain
 from jaxopt_rules.lift import copied, treewise, zeros
 from jaxopt_rules.numerics import global_norm, quotient, scale, sqrt, widened
-from jaxopt_rules.rule import Rule, as_rule, constructor
+from jaxopt_rules.rule import Rule, as_rule, constructor, definition_of
 from jaxopt_rules.rules.linesearch import backtracking, inner, strong_wolfe
 from jaxopt_rules.schedules import Schedule
 
@@ -181,8 +181,8 @@ def lbfgs(
       learning_rate: the first length that a search tries, by default 1; without a search, η.
       memory_size: m.
       scale_init_precond: whether γ is as above; else γ = 1, also before the first pair.
-      linesearch: "strong_wolfe", "backtracking" (each time from the first length on), a rule that ends a chain, or
-        `None`.
+      linesearch: "strong_wolfe", "backtracking" (each time from the first length on), a rule that ends a chain, a line
+        search of Optax, or `None`. Those of Optax take updates, and stand behind the step of the learning rate.
       first: before there is a pair, γ = min(1, 1 / ‖g‖) with the norm "l2" (Optax), or "l1" (PyTorch).
       min_curvature: κ. A pair is kept if yᵀs > κ ‖y‖ ‖s‖, so that H stays positive definite, and leaves H as it is
         otherwise.
@@ -214,6 +214,9 @@ def lbfgs(
         return chain(direction, backtracking(increase_factor=np.inf, max_learning_rate=rate, has_aux=has_aux))
     if isinstance(linesearch, str):
         raise ValueError(f'lbfgs: linesearch is "strong_wolfe", "backtracking", a rule, or None, not {linesearch!r}')
+    search = as_rule(linesearch, "lbfgs")
+    if definition_of(search).place != "end" and not has_aux:
+        return chain(direction, step(rate), search)
     if learning_rate is not None or has_aux:
         raise ValueError("lbfgs: this line search has a first length and has_aux of its own; give them to it")
-    return chain(direction, as_rule(linesearch, "lbfgs"))
+    return chain(direction, search)
