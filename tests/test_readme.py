@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
@@ -15,6 +17,29 @@ def test_python_blocks(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("chain(clip_by_global_norm(1.0), adamw(Warmup(")
     assert printed.endswith("tiger(0.0003)\n")
+
+
+PACKAGES = {
+    "flax": ["flax.nnx"],
+    "equinox": ["equinox"],
+    "optax": ["optax"],
+    "orbax": ["orbax.checkpoint", "safetensors"],
+}
+OTHERS = dict(re.findall(r"^```python (\w+)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("library", PACKAGES)
+def test_python_blocks_with_other_libraries(library, tmp_path, monkeypatch):
+    """Each stands by itself. CI runs them in an environment that has the libraries."""
+    for package in PACKAGES[library]:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        exec(compile(OTHERS[library], README.name, "exec"), {"__name__": "readme"})
+
+
+def test_every_block_is_run():
+    assert OTHERS.keys() == PACKAGES.keys()
 
 
 def test_two_commands():
