@@ -85,7 +85,7 @@ class _Averaging(Wrapper):
 
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_state(state)
-        if params is None:
+        if params is None and grads is not None:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         updates, inner = self.rule.update(grads, state.inner, params, **extra_for(self.rule, extra))
         moved = trees.apply_updates(params, updates)

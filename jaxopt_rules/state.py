@@ -319,7 +319,7 @@ def _leaf_names(state: Any) -> list[_LeafName]:
         owner = ".".join((*family.labels, family.name))
         taken[owner] = taken.get(owner, 0) + 1
         owner = owner if taken[owner] == 1 else f"{owner}#{taken[owner]}"
-        named = {field: _names_in(part, owner, field) for field, part in family.own.items()}
+        named: dict[str, Any] = {field: _names_in(part, owner, field) for field, part in family.own.items()}
         # The value of a schedule is saved under the name of the hyperparameter, which may be a plain number later.
         named["hyper"] = {
             key: jax.tree.map(lambda _, key=key: _LeafName(owner, "hyper", key), x)

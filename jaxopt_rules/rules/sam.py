@@ -58,7 +58,7 @@ class _Sam(Wrapper):
     ) -> tuple[Any, Any, Mapping[str, Any]]:
         """For the rule inside, the gradients at θ + ε̂ and the extra arguments; and the new state but for `inner`."""
         self.check_state(state)
-        if params is None:
+        if params is None and grads is not None:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params, value_fn=...)")
         if not self.uses & extra.keys():
             raise TypeError(

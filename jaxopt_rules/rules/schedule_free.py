@@ -114,7 +114,7 @@ class _ScheduleFree(Wrapper):
 
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_state(state)
-        if params is None:
+        if params is None and grads is not None:
             raise TypeError(f"{self.name} needs the parameters: update(grads, state, params)")
         updates, inner = self.rule.update(grads, state.inner, params, **extra_for(self.rule, extra))
         values, hyper = self.values(state)
