@@ -1,8 +1,9 @@
 """Parameters that hold their gradient, and `backward`, which fills it."""
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
 import jax
@@ -117,6 +118,23 @@ def _sums(old: list[Any], more: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(old, more, strict=True)]
 
 
+@contextlib.contextmanager
+def holding(model: Any, parameters: Sequence[Parameter], datas: Sequence[Any]) -> Iterator[None]:
+    """Within it, the parameters of a model have these data. What is written to its attributes meanwhile is undone."""
+    attributes = dict(vars(model)) if hasattr(model, "__dict__") else None
+    before = [(p.data, p.grad) for p in parameters]
+    try:
+        for parameter, data in zip(parameters, datas, strict=True):
+            parameter.data = data
+        yield
+    finally:
+        for parameter, (data, grad) in zip(parameters, before, strict=True):
+            parameter.data, parameter.grad = data, grad
+        if attributes is not None:
+            vars(model).clear()
+            vars(model).update(attributes)
+
+
 # By model and by function, which both may go: nothing here keeps either of them alive.
 _backwards: dict[int, weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]]] = {}
 
@@ -150,18 +168,8 @@ def _make_backward(
 ) -> Callable[..., Any]:
     def loss_of(datas: list[Array], args: tuple[Any, ...]) -> tuple[Array, Any]:
         model = model_ref()
-        attributes = dict(vars(model)) if hasattr(model, "__dict__") else None
-        before = [(p.data, p.grad) for p in parameters]
-        try:
-            for parameter, data in zip(parameters, datas, strict=True):
-                parameter.data = data
+        with holding(model, parameters, datas):
             result = loss_ref()(model, *args)
-        finally:
-            for parameter, (data, grad) in zip(parameters, before, strict=True):
-                parameter.data, parameter.grad = data, grad
-            if attributes is not None:
-                vars(model).clear()
-                vars(model).update(attributes)
         return _loss_and_aux(result, has_aux)
 
     @jax.jit

@@ -13,8 +13,9 @@ compiled function per update.
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, cast
 
@@ -30,7 +31,7 @@ from jaxopt_rules.averages import eval_params
 from jaxopt_rules.compose import chain
 from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
 from jaxopt_rules.numerics import is_inexact
-from jaxopt_rules.parameters import Model, Parameter, is_model, named_parameters
+from jaxopt_rules.parameters import Model, Parameter, holding, is_model, named_parameters
 from jaxopt_rules.rule import (
     Rule,
     as_rule,
@@ -55,7 +56,7 @@ from jaxopt_rules.state import (
     state_dict,
 )
 from jaxopt_rules.trees import Structure
-from jaxopt_rules.variables import is_module
+from jaxopt_rules.variables import LossOfModule, is_module
 
 Hook = Rule | Callable[[list[Parameter]], Any]
 
@@ -131,13 +132,20 @@ _program = functools.lru_cache(maxsize=4096)(_Program)
 
 
 def _step(
-    program: _Program, leaves: list[Array], datas: list[Array], grads: list[Array], extra: dict[str, Any]
+    program: _Program,
+    leaves: list[Array],
+    datas: list[Array],
+    grads: list[Array],
+    rest: list[Any],
+    extra: dict[str, Any],
 ) -> tuple[list[Array], list[Array], list[Array] | None]:
     state = jax.tree.unflatten(program.treedef, leaves)
     absent: dict[str, Any] = dict.fromkeys(program.known)
     values = absent | dict(zip(program.present, datas, strict=True))
     gradients = absent | dict(zip(program.present, grads, strict=True))
-    extra = extra | dict(program.functions)
+    extra = extra | {
+        name: functools.partial(f.at, rest) if isinstance(f, _LOSSES) else f for name, f in program.functions
+    }
     entries = hyperparameter_entries(state["rule"])
     new_values = {
         entries[name].address: scheduled(entries[name].key, schedule, entries[name].family.state.count)
@@ -165,6 +173,46 @@ _STEP = {
     False: jax.jit(_step, static_argnums=0, donate_argnums=1),
     True: jax.jit(_step, static_argnums=0, donate_argnums=(1, 2)),
 }
+
+
+@dataclass(frozen=True)
+class _LossOfTree:
+    """A function of a pytree as one of the arrays that a rule sees, by their keys."""
+
+    function: Callable[[Any], Any]
+    structure: Structure
+    keys: tuple[Any, ...]
+    fixed: tuple[Any, ...]  # leaves that are no arrays, and `_ARRAY` in the place of the others
+
+    def at(self, rest: Sequence[Any], params: Mapping[Any, Any]) -> Any:
+        """Its value at these parameters. What is absent among them is that of `rest`."""
+        arrays = iter(rest)
+        leaves = [next(arrays) if x is _ARRAY else x for x in self.fixed]
+        leaves = [x if params.get(key) is None else params[key] for key, x in zip(self.keys, leaves, strict=True)]
+        return self.function(jax.tree.unflatten(self.structure, leaves))
+
+
+_ARRAY = object()
+
+
+@dataclass(frozen=True)
+class _LossOfParameters:
+    """A function of a model as one of its parameters' data, by their keys."""
+
+    function: Callable[[Any], Any]
+    model: weakref.ref[Any] = field(compare=False)
+    parameters: tuple[weakref.ref[Parameter], ...]
+    keys: tuple[Any, ...]
+
+    def at(self, rest: Sequence[Any], params: Mapping[Any, Any]) -> Any:
+        """Its value at these parameters. What is absent among them is that of `rest`."""
+        model, parameters = self.model(), [cast(Parameter, ref()) for ref in self.parameters]
+        datas = [x if params.get(key) is None else params[key] for key, x in zip(self.keys, rest, strict=True)]
+        with holding(model, parameters, datas):
+            return self.function(model)
+
+
+_LOSSES = LossOfModule | _LossOfTree | _LossOfParameters
 
 
 class _Running:
@@ -419,7 +467,8 @@ class Optimizer:
             With `grads`: a Flax NNX module, which is updated in place, too, or any other pytree of arrays.
           grads: a tree like the model, or what `nnx.grad` gives. `None` in it, as in `.grad`, means that the parameter
             takes no part.
-          **extra: extra arguments of the rule, such as `value`.
+          **extra: extra arguments of the rule, such as `value`. `value_fn` is a function of the model. It is compiled
+            into the update: pass the same function every time.
 
         Returns:
           The model: the same object where it was mutated, and the new one where `grads` were given.
@@ -452,8 +501,8 @@ class Optimizer:
             raise
         finally:
             self._running = None
-        for field, value in running.pending.items():
-            self._assign(field, value)
+        for name, value in running.pending.items():
+            self._assign(name, value)
         return new
 
     def _update_module(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
@@ -489,9 +538,9 @@ class Optimizer:
         if self._first:
             with _restored_on_error(named):
                 self._run_hooks(listed, named, extra)
-                self._run([p for p in listed if p.grad is not None], named, extra)
+                self._run([p for p in listed if p.grad is not None], model, named, extra)
         else:
-            self._run(listed, named, extra)
+            self._run(listed, model, named, extra)
         return model
 
     def _check_kind(self, kind: type) -> None:
@@ -530,7 +579,9 @@ class Optimizer:
                 taken.add(known[parameter])
         self._enlarge(known, {parameter: parameter.data for parameter in newborn})
 
-    def _run(self, listed: list[Parameter], named: Mapping[Parameter, str], extra: Mapping[str, Any]) -> None:
+    def _run(
+        self, listed: list[Parameter], model: Any, named: Mapping[Parameter, str], extra: Mapping[str, Any]
+    ) -> None:
         self._welcome(listed, named)
         if self._defers:
             # These may be updated now, by gradients that they had before.
@@ -543,7 +594,13 @@ class Optimizer:
                 for parameter, grad in zip(listed, hooked, strict=True):
                     parameter.grad = grad
 
-        self._call(tuple(listed), [p.data for p in listed], [p.grad for p in listed], extra, write)
+        def loss(function: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+            if is_module(model):
+                return variables.loss_of_module(function, model, {name: self._keys.get(p) for p, name in named.items()})
+            parameters, keys = tuple(map(weakref.ref, named)), tuple(map(self._keys.get, named))
+            return _LossOfParameters(function, weakref.ref(model), parameters, keys), [p.data for p in named]
+
+        self._call(tuple(listed), [p.data for p in listed], [p.grad for p in listed], extra, loss, write)
 
     def _update_tree(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
         if not all(isinstance(hook, Rule) for hook in self._hook):
@@ -574,8 +631,14 @@ class Optimizer:
             for k, value in zip(present, new, strict=True):
                 parts[k] = value
 
+        def loss(function: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+            fixed = tuple(_ARRAY if hasattr(x, "dtype") else x for x in leaves)
+            keys = tuple(self._keys.get(name) for name in trees.paths(model))
+            rest = [x for x in leaves if hasattr(x, "dtype")]
+            return _LossOfTree(function, structure, keys, fixed), rest
+
         those = tuple(paths[k] for k in present)
-        self._call(those, [parts[k] for k in present], [gs[k] for k in present], extra, write)
+        self._call(those, [parts[k] for k in present], [gs[k] for k in present], extra, loss, write)
         return jax.tree.unflatten(treedef, parts)
 
     def _call(
@@ -584,18 +647,25 @@ class Optimizer:
         datas: list[Any],
         grads: list[Any],
         extra: Mapping[str, Any],
+        loss: Callable[[Callable[[Any], Any]], tuple[Any, list[Any]]],
         write: Callable[[list[Array], list[Array] | None], None],
     ) -> None:
-        """The compiled part of an update, and `write` for the new parameters and the hooked gradients."""
+        """The compiled part of an update, and `write` for the new parameters and the hooked gradients.
+
+        `loss` makes of a function of the model one of what the rule sees, and says what else in the model it reads.
+        """
         if self._donate and len({*map(id, datas), *map(id, grads)}) < 2 * len(those):
             self._refuse_shared(those, datas, grads)
-        functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
+        functions: tuple[tuple[str, Any], ...] = ()
+        rest: list[Any] = []
         if extra:
             check_extra(repr(self), self._accepts, extra)
             # What every rule ignores must not count: a new `value_fn` each time would compile each time.
             extra = {k: value for k, value in extra.items() if self._accepts is None or k in self._accepts}
-            functions = tuple((name, value) for name, value in extra.items() if callable(value))
-            extra = {name: value for name, value in extra.items() if not callable(value)}
+            if "value_fn" in extra:
+                extra["value_fn"], rest = loss(extra["value_fn"])
+            functions = tuple((name, value) for name, value in extra.items() if _is_function(value))
+            extra = {name: value for name, value in extra.items() if not _is_function(value)}
         program = self._programs.get((those, functions))
         if program is None:
             program = self._programs[those, functions] = _program(
@@ -619,7 +689,7 @@ class Optimizer:
 
         cast(_Running, self._running).finish = finish
         # No interrupt can fall between this call and its results being in the list: both happen outside of Python.
-        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, extra)]))
+        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, rest, extra)]))
         state, new, _ = results[0]
         if any(isinstance(x, Tracer) for x in (*state[:1], *new[:1])):
             results.clear()
@@ -732,6 +802,10 @@ class Optimizer:
         before, self._keys, self._born = self._state, keys, born
         self._structure = None if _holds_parameters(model) else trees.flatten(model)[1]
         self._set_state(_carried_over(state, _carried_over(before, self._init(self._values(values)))))
+
+
+def _is_function(x: Any) -> bool:
+    return callable(x) or isinstance(x, _LOSSES)
 
 
 def _shortest(x: Any) -> float:

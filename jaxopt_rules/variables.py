@@ -5,7 +5,8 @@ import itertools
 import operator
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +103,33 @@ def gradients(grads: Any, wrt: Any = ...) -> tuple[tuple[Parts, ...], list[Any]]
         grads = flax.state(grads, wrt) if is_module(grads) else flax.State(grads)
     flat = flax.to_flat_state(grads)
     return flat.paths, [value(g) if is_variable(g) else g for g in flat.leaves]
+
+
+@dataclass(frozen=True)
+class LossOfModule:
+    """A function of a module as one of the parameters that a rule sees, by their keys there."""
+
+    function: Callable[[Any], Any]
+    graph: Any
+    parts: tuple[Parts, ...]
+    keys: tuple[Any, ...]  # of each variable; `None` where the rule does not see it
+
+    def at(self, rest: Sequence[Any], params: Mapping[Any, Any]) -> Any:
+        """Its value at these parameters. What is absent among them, and all other variables, are those of `rest`."""
+        leaves = [x if params.get(key) is None else params[key] for key, x in zip(self.keys, rest, strict=True)]
+        flax = nnx()
+        return self.function(flax.merge(self.graph, flax.from_flat_state(zip(self.parts, leaves, strict=True))))
+
+
+def loss_of_module(
+    function: Callable[[Any], Any], model: Any, keys: Mapping[str, Any]
+) -> tuple[LossOfModule, list[Any]]:
+    """A function of a module for a rule that sees its variables under these keys, and the values of all of them."""
+    flax = nnx()
+    graph, state = flax.split(model)
+    flat = flax.to_flat_state(state)
+    rest = [value(x) if is_variable(x) else x for x in flat.leaves]
+    return LossOfModule(function, graph, tuple(flat.paths), tuple(keys.get(path(p)) for p in flat.paths)), rest
 
 
 def value(variable: Any) -> Any:

@@ -1,9 +1,12 @@
 """The shape of the code: who imports whom, what an import costs, and what a public docstring holds."""
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,24 @@ def test_every_public_name_is_documented():
     for name, x in vars(jr).items():
         if not name.startswith("_") and (inspect.isfunction(x) or inspect.isclass(x)):
             assert inspect.getdoc(x), name
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("nnx", "flax", "flax"),
+        ("optax", "optax", "optax"),
+        ("orbax", "orbax", "checkpoints"),
+        ("safetensors", "safetensors", "checkpoints"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(module, package, extra, monkeypatch):
+    for name in [name for name in sys.modules if f"{name}.".startswith((f"{package}.", "jaxopt_rules.interop."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as raised:
+        importlib.import_module(f"jaxopt_rules.interop.{module}")
+    sentence = rf'this needs {package}[.\w]*: pip install "jaxopt_rules\[{extra}\]"'
+    assert re.fullmatch(sentence, str(raised.value))
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith(package) for requirement in extras[extra])

@@ -409,6 +409,17 @@ def test_rules_that_evaluate_the_loss_get_a_function_of_the_model(outside):
     chex.assert_tree_all_finite(values(model, nnx.BatchStat))
 
 
+def test_a_plain_optimizer_hands_such_a_function_on_too():
+    rule = jr.chain(jr.adam_direction(), jr.backtracking())
+    model, other = make(), make()
+    optimizer, same = jr.Optimizer(rule), interop.Optimizer(other, rule)
+    for _ in range(2):
+        for m, one in ((model, optimizer), (other, same)):
+            loss, grads = loss_and_grads(m)
+            one.update(m, grads, value=loss, value_fn=loss_fn)
+    chex.assert_trees_all_close(values(model), values(other), rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_no_rule_asks_for_compiles_nothing():
     model = make()
     optimizer = interop.Optimizer(model, jr.adamw(0.1))

@@ -836,3 +836,59 @@ def test_evaluating_one_of_two_models():
     assert float(weight.data[0]) == -2.0
     with pytest.raises(ValueError, match=r"with opt.evaluating\(model\)"):
         opt.eval_params({"w": jnp.ones(1)})
+
+
+# Functions of the model
+
+
+SEARCHING = [
+    jr.chain(jr.adam_direction(), jr.backtracking()),
+    jr.sam(jr.sgd(0.1)),
+    pytest.param(jr.lbfgs(), marks=pytest.mark.thorough),
+    pytest.param(
+        jr.partition({"a": jr.chain(jr.clip_grad(0.5), jr.polyak_sgd()), "rest": jr.sgd(0.1)}, {"a": "a"}),
+        marks=pytest.mark.thorough,
+    ),
+]
+
+
+def bowl(a, b, fixed):
+    return jnp.sum((a - 1) ** 2) + jnp.sum(a * b) + 3 * jnp.sum((b - fixed) ** 2)
+
+
+@pytest.mark.parametrize("rule", SEARCHING, ids=repr)
+def test_a_loss_of_the_model_is_handed_to_the_rule(rule):
+    """As one of Parameters, of a pytree with other leaves, and, by the rule itself, of a dict: the same numbers."""
+    traces = []
+    mutable = model(a=(3,), b=(3,), fixed=(3,))
+    start = {name: p.data for name, p in mutable.params().items()}
+    params = {name: start[name] for name in ("a", "b")}
+    tree = start | {"name": "not an array", "none": None}
+
+    def of_parameters(one):
+        one.written = traces.append("parameters")
+        return bowl(*(p.data for p in one.params().values()))
+
+    def of_tree(tree):
+        traces.append("tree")
+        assert tree["name"] == "not an array"
+        return bowl(tree["a"], tree["b"], tree["fixed"])
+
+    def of_dict(params):
+        return bowl(params["a"], params["b"], start["fixed"])
+
+    one, other, state = jr.Optimizer(rule), jr.Optimizer(rule), rule.init(params)
+    traced = []
+    for _ in range(3):
+        value, grads = jax.value_and_grad(of_dict)(params)
+        params, state = rule.apply(grads, state, params, value=value, grad=grads, value_fn=of_dict)
+        for name, g in grads.items():
+            mutable.params()[name].grad = g
+        one.update(mutable, value=value, value_fn=of_parameters)
+        tree = other.update(tree, grads | dict.fromkeys(["fixed", "name", "none"]), value=value, value_fn=of_tree)
+        traced.append(len(traces))
+    assert len(set(traced)) == 1
+    assert not hasattr(mutable, "written")
+    chex.assert_trees_all_equal((tree["fixed"], mutable.params()["fixed"].data), (start["fixed"], start["fixed"]))
+    for found in (values(mutable), tree):
+        chex.assert_trees_all_close({name: found[name] for name in params}, params, rtol=2e-5, atol=2e-6)

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +32,7 @@ from jaxopt_rules import averages, state, trees, variables
 from jaxopt_rules.interop import needed
 from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, not_an_update
 from jaxopt_rules.state import LoadReport
-from jaxopt_rules.variables import Listing, Parts, is_variable, value, write
+from jaxopt_rules.variables import Listing, LossOfModule, is_variable, value, write
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -106,10 +106,8 @@ class Optimizer(nnx.Pytree):
             # What every rule ignores must not count: a new `value_fn` each time would compile each time.
             extra = {name: x for name, x in extra.items() if accepts is None or name in accepts}
         if "value_fn" in extra:
-            graph, _, others = nnx.split(model, self.wrt, ...)
-            fixed = nnx.to_flat_state(others)
-            rest = [value(x) if is_variable(x) else x for x in fixed.leaves]
-            loss = _OfParameters(extra.pop("value_fn"), graph, listing.parts, tuple(fixed.paths))
+            own = {name: name for name in listing.by_path}
+            loss, rest = variables.loss_of_module(extra.pop("value_fn"), model, own)
             functions = (("value_fn", loss),)
         program = _program(
             self.rule,
@@ -257,21 +255,6 @@ def _gradients(grads: Any, wrt: Any, parameters: Listing) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _OfParameters:
-    """A function of the model as one of `{path: array}`, for rules that ask for other points."""
-
-    function: Callable[[Any], Any]
-    graph: Any
-    parameters: tuple[Parts, ...]
-    others: tuple[Parts, ...]
-
-    def at(self, rest: list[Any], params: Mapping[str, Any]) -> Any:
-        flat = {parts: params[variables.path(parts)] for parts in self.parameters}
-        flat |= dict(zip(self.others, rest, strict=True))
-        return self.function(nnx.merge(self.graph, nnx.from_flat_state(flat)))
-
-
 @dataclass(frozen=True, eq=False)
 class _Program:
     """All that is fixed while an update is compiled."""
@@ -296,7 +279,7 @@ def _step(
     extra: dict[str, Any],
 ) -> tuple[list[Any], list[Any]]:
     functions = {
-        name: functools.partial(f.at, rest) if isinstance(f, _OfParameters) else f for name, f in program.functions
+        name: functools.partial(f.at, rest) if isinstance(f, LossOfModule) else f for name, f in program.functions
     }
     params = dict(zip(program.paths, values, strict=True))
     gradients: dict[str, Any] = dict.fromkeys(program.paths)
