@@ -394,7 +394,8 @@ def state_dict(state: Any) -> dict[str, np.ndarray]:
     The arrays are copies. Names are like `adam.m.blocks/0/w` and `step.hyper.learning_rate`: made of the labels of
     groups and of named chain members, the family, the field and the path of the parameter. They do not change when
     clipping is put in front, a number becomes a schedule, or `accumulate` is put around. Typed PRNG keys are saved as
-    their numbers, states of other libraries under their positions.
+    their numbers, states of other libraries under their positions. `numpy.savez` keeps the types that NumPy knows, and
+    bfloat16; for others, such as float8, take safetensors.
     """
     return {name: np.array(x, order="C") for name, x in named_leaves(state).items()}
 
@@ -413,11 +414,22 @@ class LoadReport(NamedTuple):
             *(f"{name} is missing" for name in self.missing),
             *(f"{name} is unexpected" for name in self.unexpected),
             *(f"{name} has shape {saved}, not {wanted}" for name, saved, wanted in self.reshaped),
-            *(f"{name} is of type {saved}, not {wanted}" for name, saved, wanted in self.retyped),
+            *(f"{name} is of type {saved}, not {wanted}{_lost(name, saved)}" for name, saved, wanted in self.retyped),
         ]
 
     def __str__(self) -> str:
         return "\n".join(self.problems) or "everything was loaded"
+
+
+def _lost(name: str, dtype: str) -> str:
+    """What to do about an array whose type a file of NumPy did not keep."""
+    return _LOST.format(name) if dtype.startswith("|V") else ""
+
+
+_LOST = (
+    " (files of NumPy keep only the bytes of types that it does not know; safetensors and Orbax keep the type, and "
+    "saved[{!r}].view(dtype) gives it back)"
+)
 
 
 def load_state_dict(
@@ -493,11 +505,14 @@ def take_over(
 
 
 def _readable(saved: Any, like: Any) -> Any:
-    """A saved array; of types that NumPy does not know, such as bfloat16, its files hold the bytes alone."""
+    """A saved array; of types that NumPy does not know, such as bfloat16, its files hold the bytes alone.
+
+    Two bytes can only be bfloat16. What one byte was, of the many float8 and int4, cannot be told.
+    """
     if isinstance(saved, Array | jax.ShapeDtypeStruct):
         return saved
-    x, dtype = np.asarray(saved), _dtype(like)
-    return x.view(dtype) if x.dtype.type is np.void and x.dtype.itemsize == dtype.itemsize else x
+    x = np.asarray(saved)
+    return x.view(jnp.bfloat16) if x.dtype == np.dtype("V2") and _dtype(like) == jnp.bfloat16 else x
 
 
 def _restored(saved: Any, leaf: Any) -> Any:

@@ -11,10 +11,11 @@ compiled function per update.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, cast
@@ -113,8 +114,8 @@ class _restored_on_error:
                 parameter.data, parameter.grad = data, grad
 
 
-@dataclass(frozen=True, eq=False)
-class _Program:
+@dataclass(frozen=True)
+class _Settings:
     """All that is fixed while an optimizer's update is compiled."""
 
     rule: Rule
@@ -127,12 +128,8 @@ class _Program:
     functions: tuple[tuple[str, Callable[..., Any]], ...]  # extra arguments that are functions
 
 
-# Equal programs are one object: a compiled call finds it by identity, and not by comparing all that it is made of.
-_program = functools.lru_cache(maxsize=4096)(_Program)
-
-
 def _step(
-    program: _Program,
+    program: _Settings,
     leaves: list[Array],
     datas: list[Array],
     grads: list[Array],
@@ -168,11 +165,16 @@ def _step(
     return new, [values[key] for key in program.present], hooked
 
 
-# State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
-_STEP = {
-    False: jax.jit(_step, static_argnums=0, donate_argnums=1),
-    True: jax.jit(_step, static_argnums=0, donate_argnums=(1, 2)),
-}
+def _new_program(settings: _Settings, donate: bool) -> Callable[..., Any]:
+    # State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
+    return jax.jit(functools.partial(_step, settings), donate_argnums=(0, 1) if donate else 0)
+
+
+# Equal settings have one program, whichever optimizers they are of. Functions may hold on to data, and are not in it.
+_shared_program = functools.lru_cache(maxsize=4096)(_new_program)
+
+# How many functions of the model an optimizer keeps compiled. They may be new ones in every update.
+MOST_LOSSES = 8
 
 
 @dataclass(frozen=True)
@@ -240,12 +242,21 @@ class _Key:
 
 
 class _OfVariable(Parameter):
-    """A variable of a Flax NNX module as a Parameter."""
+    """A variable of a Flax NNX module as a Parameter. Those of one variable are equal."""
 
     __slots__ = ("variable",)
 
     def __init__(self, variable: Any) -> None:
         self.variable, self.grad = variable, None
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _OfVariable and other.variable is self.variable
+
+    def __hash__(self) -> int:
+        return id(self.variable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OfVariable, (self.variable,)
 
     @property
     def data(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -297,10 +308,16 @@ class Optimizer:
         self._structure: Structure | None = None  # of the model, where it is a pytree
         self._schedules: dict[str, Schedule] = {}  # assigned to fields
         self._overruled: set[Address] = set()  # hyperparameters for which the rule has a schedule, and a field another
-        self._of_variables: dict[int, _OfVariable] = {}  # NNX variables, by their identity, as Parameters
         self._running: _Running | None = None
-        self._programs: dict[tuple[Any, ...], _Program] = {}
-        self._set_state(self._init({}))
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        try:
+            self._set_state(self._init({}))
+        except Exception as error:
+            error.add_note(
+                f"{type(self).__name__} begins without parameters, with rule.init({{}}), which {self._rule!r} does not "
+                "take; use its functions, or jaxopt_rules.interop.nnx.Optimizer"
+            )
+            raise
 
     def _set_hooks(self, hook: Iterable[Hook]) -> None:
         hooks = _hooks(hook)
@@ -317,7 +334,9 @@ class Optimizer:
         rule = self._rule.init(values)
         scheduled = {entry.address: entry.value for entry in hyperparameter_entries(rule).values()}
         plain = {address: scheduled[address].value for address in self._overruled}
-        return {"hook": hooks, "rule": replace_hyperparameters(rule, plain)}
+        state = {"hook": hooks, "rule": replace_hyperparameters(rule, plain)}
+        # Rules of this library share nothing; those of others may hold the parameters themselves.
+        return trees.unshared(state, values)
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -450,8 +469,26 @@ class Optimizer:
         other.__dict__.update(self.__dict__)
         other._leaves = [trees.placed_like(jnp.array(leaf), leaf) for leaf in self._leaves]
         other._keys, other._schedules, other._overruled = dict(self._keys), dict(self._schedules), set(self._overruled)
-        other._of_variables = dict(self._of_variables)
         other._programs, other._running = {}, None
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_programs": {}, "_running": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Optimizer":
+        """A copy for the copy of the model that is made by the same `copy.deepcopy`.
+
+        Raises:
+          TypeError: it is for an NNX module, whose variables are new ones in a copy that nothing connects with the old.
+        """
+        if any(isinstance(parameter, _OfVariable) for parameter in self._keys):
+            raise TypeError(
+                "the copy of an NNX module has other variables, which this optimizer could not tell; copy it by "
+                "state_dict(model) and load_state_dict(copy, saved), or use jaxopt_rules.interop.nnx.Optimizer"
+            )
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return other
 
     def __dir__(self) -> list[str]:
@@ -483,6 +520,8 @@ class Optimizer:
         running = _Running()
         try:
             self._running = running
+            if is_module(grads) and not is_module(model):
+                raise TypeError("update takes the model first, and then the gradients: update(model, grads)")
             if is_module(model) and grads is not None:
                 new = self._update_module(model, grads, extra)
             elif grads is None:
@@ -506,10 +545,10 @@ class Optimizer:
         return new
 
     def _update_module(self, model: Any, grads: Any, extra: Mapping[str, Any]) -> Any:
-        named = self._parameters(model)
-        by_path = {path: parameter for parameter, path in named.items()}
         parts, gs = variables.gradients(grads)
         given = dict(zip(map(variables.path, parts), gs, strict=True))
+        named = self._parameters(model, given)
+        by_path = {path: parameter for parameter, path in named.items()}
         if unknown := [name for name in given if name not in by_path]:
             shown = ", ".join(map(trees.quoted, unknown[:3]))
             raise ValueError(f"the module has no variable at {shown}, where the gradients have one")
@@ -521,16 +560,16 @@ class Optimizer:
             for parameter in named:
                 parameter.grad = None
 
-    def _parameters(self, model: Any) -> Mapping[Parameter, str]:
-        """What a model holds that can be updated in place, and its names."""
+    def _parameters(self, model: Any, given: Container[str] = ()) -> Mapping[Parameter, str]:
+        """What a model holds that can be updated in place, and its names.
+
+        Of a module it is what NNX calls parameters, what has state, and what is `given`: all else may be another
+        variable the next time, such as an activation.
+        """
         if not is_module(model):
             return named_parameters(model)
-        named = {}
-        for name, variable in variables.listing(model).by_path.items():
-            if id(variable) not in self._of_variables:
-                self._of_variables[id(variable)] = _OfVariable(variable)
-            named[self._of_variables[id(variable)]] = name
-        return named
+        found = ((_OfVariable(x), name) for name, x in variables.listing(model).by_path.items())
+        return {p: name for p, name in found if variables.is_parameter(p.variable) or name in given or p in self._keys}
 
     def _update_parameters(self, model: Any, named: Mapping[Parameter, str], extra: Mapping[str, Any]) -> Any:
         self._check_kind(Parameter)
@@ -668,16 +707,7 @@ class Optimizer:
             extra = {name: value for name, value in extra.items() if not _is_function(value)}
         program = self._programs.get((those, functions))
         if program is None:
-            program = self._programs[those, functions] = _program(
-                rule=self._rule,
-                hooks=tuple(hook for hook in self._hook[self._first :] if isinstance(hook, Rule)),
-                first=self._first,
-                schedules=tuple(self._schedules.items()),
-                treedef=self._treedef,
-                known=tuple(self._keys.values()),
-                present=tuple(self._keys[x] for x in those),
-                functions=functions,
-            )
+            program = self._programs[those, functions] = self._program(those, functions)
         results: list[Any] = []
 
         def finish() -> bool:
@@ -689,7 +719,7 @@ class Optimizer:
 
         cast(_Running, self._running).finish = finish
         # No interrupt can fall between this call and its results being in the list: both happen outside of Python.
-        results.extend(itertools.starmap(_STEP[self._donate], [(program, self._leaves, datas, grads, rest, extra)]))
+        results.extend(itertools.starmap(program, [(self._leaves, datas, grads, rest, extra)]))
         state, new, _ = results[0]
         if any(isinstance(x, Tracer) for x in (*state[:1], *new[:1])):
             results.clear()
@@ -699,6 +729,27 @@ class Optimizer:
                 "or, for a Flax NNX module, jaxopt_rules.interop.nnx.Optimizer"
             )
         finish()
+
+    def _program(
+        self, those: tuple[Parameter | str, ...], functions: tuple[tuple[str, Any], ...]
+    ) -> Callable[..., Any]:
+        """The compiled step for parameters that have gradients, and for functions among the extra arguments."""
+        settings = _Settings(
+            rule=self._rule,
+            hooks=tuple(hook for hook in self._hook[self._first :] if isinstance(hook, Rule)),
+            first=self._first,
+            schedules=tuple(self._schedules.items()),
+            treedef=self._treedef,
+            known=tuple(self._keys.values()),
+            present=tuple(self._keys[x] for x in those),
+            functions=functions,
+        )
+        if not functions:
+            return _shared_program(settings, self._donate)
+        others = [key for key in self._programs if key[1]]
+        for key in others[: len(others) - MOST_LOSSES + 1]:
+            del self._programs[key]
+        return _new_program(settings, self._donate)
 
     def _refuse_shared(self, those: Sequence[Parameter | str], datas: Sequence[Any], grads: Sequence[Any]) -> None:
         seen: dict[int, str] = {}

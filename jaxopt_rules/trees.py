@@ -166,3 +166,20 @@ def binding(x: Any) -> jax.sharding.Sharding | None:
     if isinstance(x, Tracer):
         return None
     return x.sharding if getattr(x, "committed", isinstance(x, jax.ShapeDtypeStruct)) else None
+
+
+def own(x: Any) -> jax.Array:
+    """A strong-typed copy of an array or of a typed PRNG key."""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return jnp.array(x, jnp.result_type(x))
+
+
+def unshared(tree: Any, others: Any) -> Any:
+    """A tree with copies of those leaves that are also elsewhere in it, or in `others`: it can be donated."""
+    known = {id(x) for x in jax.tree.leaves(others)}
+    leaves, treedef = jax.tree.flatten(tree)
+    for k, x in enumerate(leaves):
+        leaves[k] = own(x) if id(x) in known else x
+        known.add(id(x))
+    return jax.tree.unflatten(treedef, leaves)

@@ -27,6 +27,11 @@ def is_variable(x: object) -> bool:
     return flax is not None and issubclass(type(x), flax.Variable)
 
 
+def is_parameter(variable: Any) -> bool:
+    """Whether a variable is one of those that NNX calls parameters."""
+    return issubclass(type(variable), nnx().Param)
+
+
 def is_module(x: object) -> bool:
     """Whether `x` is an NNX module, or another object of which NNX knows the variables."""
     flax = nnx()
@@ -41,9 +46,17 @@ class Listing(NamedTuple):
 
 
 # What was listed is found again as long as every node of the model holds the very same objects: to walk through a model
-# as NNX does takes several times as long as to update it, if it is small.
-_Snapshot = list[tuple[Any, tuple[Any, ...]]]
-_listed: weakref.WeakKeyDictionary[Any, tuple[Any, _Snapshot, Listing]] = weakref.WeakKeyDictionary()
+# as NNX does takes several times as long as to update it, if it is small. What holds no variables and may be another
+# object each time does not count: numbers, flags (`train()` and `eval()` set them), what NNX notes in every node that
+# has been through a transform.
+_Snapshot = list[tuple[Any, list[Any]]]
+_listed: weakref.WeakKeyDictionary[Any, tuple[_Snapshot, list[tuple[Any, Listing]]]] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _passing() -> frozenset[type]:
+    note = getattr(getattr(nnx(), "pytreelib", None), "PytreeState", type(None))
+    return frozenset({bool, int, float, str, type(None), note})
 
 
 def listing(model: Any, wrt: Any = ...) -> Listing:
@@ -52,19 +65,27 @@ def listing(model: Any, wrt: Any = ...) -> Listing:
         known = _listed.get(model)
     except TypeError:  # a list of modules, for example, cannot be hashed
         return _listing(model, wrt)
-    if known is not None and known[0] == wrt and all(itertools.starmap(_holds, known[1])):
-        return known[2]
-    found, snapshot = _listing(model, wrt), _snapshot(model)
-    if snapshot is not None:
-        _listed[model] = wrt, snapshot, found
-    return found
+    if known is None or not all(itertools.starmap(_holds, known[0])):
+        snapshot = _snapshot(model)
+        if snapshot is None:
+            return _listing(model, wrt)
+        known = _listed[model] = snapshot, []
+    for other, found in known[1]:
+        if other == wrt:
+            return found
+    known[1].append((wrt, _listing(model, wrt)))
+    return known[1][-1][1]
 
 
 def _listing(model: Any, wrt: Any) -> Listing:
     flax = nnx()
     chosen = flax.to_flat_state(flax.state(model, wrt)).paths
     everything = {parts: x for parts, x in flax.iter_graph(model) if is_variable(x)}
-    return Listing(tuple(chosen), {path(parts): everything[parts] for parts in chosen})
+    by_path = {path(parts): everything[parts] for parts in chosen}
+    if len(by_path) < len(chosen):
+        twice = next(path(a) for a in chosen for b in chosen if a != b and path(a) == path(b))
+        raise ValueError(f"two variables of the model have the same path, '{twice}'; rename one of them")
+    return Listing(tuple(chosen), by_path)
 
 
 def path(parts: Iterable[str | int]) -> str:
@@ -72,17 +93,23 @@ def path(parts: Iterable[str | int]) -> str:
     return "/".join(map(str, parts))
 
 
-def _children(node: Any) -> Any:
-    return node.values() if isinstance(node, dict) else node
+def _children(node: Any) -> list[Any]:
+    passing = _passing()
+    return [x for x in (node.values() if isinstance(node, dict) else node) if type(x) not in passing]
 
 
-def _holds(node: Any, children: tuple[Any, ...]) -> bool:
-    return len(node) == len(children) and all(map(operator.is_, _children(node), children))
+def _holds(node: Any, children: list[Any]) -> bool:
+    now = _children(node)
+    return len(now) == len(children) and all(map(operator.is_, now, children))
 
 
 def _snapshot(model: Any) -> _Snapshot | None:
-    """What every node of a model holds; `None` where variables are in a container that does not tell."""
-    snapshot = []
+    """What every node of a model holds.
+
+    `None` where variables are in a container that does not tell, or where a node holds the model itself, which would
+    keep it alive.
+    """
+    snapshot: _Snapshot = []
     for _, x in nnx().iter_graph(model):
         if is_module(x):
             node = vars(x)
@@ -92,13 +119,20 @@ def _snapshot(model: Any) -> _Snapshot | None:
             return None
         else:
             continue
-        snapshot.append((node, tuple(_children(node))))
+        children = _children(node)
+        if any(child is model for child in children):
+            return None
+        snapshot.append((node, children))
     return snapshot
 
 
 def gradients(grads: Any, wrt: Any = ...) -> tuple[tuple[Parts, ...], list[Any]]:
-    """Paths and arrays of what `nnx.grad` gave: a state, or in tree mode a model."""
+    """Paths and arrays of what `nnx.grad` gave: a state, several in a list or tuple, or in tree mode a model."""
     flax = nnx()
+    if isinstance(grads, list | tuple):
+        several = [gradients(part, wrt) for part in grads]
+        parts = tuple((k, *rest) for k, (paths, _) in enumerate(several) for rest in paths)
+        return parts, [x for _, arrays in several for x in arrays]
     if not isinstance(grads, flax.State):
         grads = flax.state(grads, wrt) if is_module(grads) else flax.State(grads)
     flat = flax.to_flat_state(grads)

@@ -1,5 +1,7 @@
 """Flax NNX: modules are updated in place, by `Optimizer` and, inside transforms as well, by `interop.nnx.Optimizer`."""
 
+import copy
+import gc
 import pickle
 from typing import Any
 
@@ -13,6 +15,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxopt_rules as jr
+from jaxopt_rules import stateful
+from jaxopt_rules import variables as nnx_variables
 from jaxopt_rules.rules.adam import AdamState
 
 nnx = pytest.importorskip("flax.nnx")
@@ -201,6 +205,45 @@ def test_wrt(outside):
     ]
     with pytest.raises(ValueError, match="the gradients must be a tree like the parameters that wrt selects, but it"):
         kernels.update(model, nnx.grad(loss_fn)(model))
+
+
+@pytest.mark.parametrize("inside_jit", [True, False])
+def test_several_modules_in_a_list(inside_jit):
+    models = [Small(nnx.Rngs(0)), Small(nnx.Rngs(1))]
+    optimizer = interop.Optimizer(models, jr.sgd(0.1))
+
+    def step(models, optimizer):
+        optimizer.update(models, nnx.grad(lambda models: models[0].loss() + models[1].loss())(models))
+
+    before = [model.layer.kernel.get_raw_value() for model in models]
+    (nnx.jit(step) if inside_jit else step)(models, optimizer)
+    assert all((model.layer.kernel.get_raw_value() != x).all() for model, x in zip(models, before, strict=True))
+
+
+def test_a_line_search_of_optax_gets_its_gradient():
+    optax = pytest.importorskip("optax")
+    model = Small(nnx.Rngs(0))
+    optimizer = interop.Optimizer(model, optax.lbfgs())
+    losses = []
+    for _ in range(3):
+        loss, grads = nnx.value_and_grad(Small.loss)(model)
+        optimizer.update(model, grads, value=loss, grad=grads, value_fn=Small.loss)
+        losses.append(float(loss))
+    assert losses[-1] < 1e-3 < losses[0]
+    with pytest.raises(IndexError) as raised:
+        jr.Optimizer(optax.lbfgs())
+    assert "begins without parameters" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", [jr.Optimizer, interop.Optimizer])
+def test_states_that_hold_the_parameters_themselves(kind):
+    optax = pytest.importorskip("optax")
+    model, tx = Small(nnx.Rngs(0)), optax.contrib.prodigy()
+    optimizer = kind(tx) if kind is jr.Optimizer else kind(model, tx)
+    before = model.layer.kernel.get_raw_value()
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(Small.loss)(model))
+    assert (model.layer.kernel.get_raw_value() != before).all()
 
 
 @pytest.mark.parametrize("way", ["Optimizer", "interop"])
@@ -425,9 +468,146 @@ def test_a_loss_that_no_rule_asks_for_compiles_nothing():
     optimizer = interop.Optimizer(model, jr.adamw(0.1))
     loss, grads = loss_and_grads(model)
     optimizer.update(model, grads, value=loss)
-    before = interop._compiled_step._cache_size()
+    before = interop._shared_program.cache_info().misses
     optimizer.update(model, grads, value=loss, value_fn=lambda model: loss_fn(model))
-    assert interop._compiled_step._cache_size() == before
+    assert interop._shared_program.cache_info().misses == before
+    assert optimizer not in interop._own_programs
+
+
+def live(kind: type) -> int:
+    gc.collect()
+    return sum(type(x) is kind for x in gc.get_objects())
+
+
+class Batch:
+    """Something that a loss holds on to."""
+
+
+def test_losses_that_are_new_each_time_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(interop, "MOST_LOSSES", 2)
+    monkeypatch.setattr(stateful, "MOST_LOSSES", 2)
+    model = Small(nnx.Rngs(0))
+    rule = jr.chain(jr.adam_direction(), jr.backtracking())
+    optimizers = [jr.Optimizer(rule), interop.Optimizer(model, rule)]
+    _, grads = nnx.value_and_grad(Small.loss)(model)
+    for optimizer in optimizers:
+        for _ in range(4):
+            batch = Batch()
+            optimizer.update(model, grads, value_fn=lambda model, batch=batch: model.loss())
+    del batch
+    assert live(Batch) <= 4
+    del optimizers, optimizer
+    assert live(Batch) == 0
+
+
+def test_nothing_of_a_trace_is_left_behind():
+    model = Small(nnx.Rngs(0))
+    optimizer = interop.Optimizer(model, jr.chain(jr.adam_direction(), jr.backtracking()))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(Small.loss)(model)
+        optimizer.update(model, grads, value=loss, value_fn=lambda model: model.loss() + 0 * loss)
+
+    with jax.checking_leaks():
+        step(model, optimizer)
+
+
+# Life and death of models and optimizers
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs: Any) -> None:
+        self.layer = nnx.Linear(2, 1, rngs=rngs)
+
+    def loss(self) -> Any:
+        return jnp.mean((self.layer(jnp.ones((3, 2))) - 2) ** 2)
+
+
+@pytest.mark.parametrize("kind", [jr.Optimizer, interop.Optimizer])
+def test_a_model_dies_with_its_optimizer(kind):
+    for _ in range(3):
+        model = Small(nnx.Rngs(0))
+        model.layer.parent = nnx.data(model)
+        optimizer = kind(jr.sgd(0.1)) if kind is jr.Optimizer else kind(model, jr.sgd(0.1))
+        optimizer.update(model, nnx.grad(Small.loss)(model))
+        del model, optimizer
+    assert live(Small) == 0
+
+
+def test_activations_that_a_module_keeps_are_not_kept_by_the_optimizer():
+    model, optimizer = Small(nnx.Rngs(0)), jr.Optimizer(jr.sgd(0.1))
+    for _ in range(4):
+        model.seen = nnx.Intermediate(jnp.ones(3))
+        optimizer.update(model, nnx.grad(Small.loss)(model))
+    assert live(nnx.Intermediate) == 1
+
+
+def pickled(pair: Any) -> Any:
+    return pickle.loads(pickle.dumps(pair))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [(interop.Optimizer, copy.deepcopy), (interop.Optimizer, pickled), (jr.Optimizer, pickled)]
+)
+def test_model_and_optimizer_copied_together_go_on_as_one_pair(kind, how):
+    rule = jr.adamw(0.1)
+    model = Small(nnx.Rngs(0))
+    optimizer = kind(rule) if kind is jr.Optimizer else kind(model, rule)
+    grads = nnx.grad(Small.loss)(model)
+    optimizer.update(model, grads)
+    other, same = how((model, optimizer))
+    optimizer.update(model, grads)
+    same.update(other, grads)
+    chex.assert_trees_all_equal(values(model), values(other))
+
+
+def test_a_deep_copy_that_would_lose_its_model_is_refused():
+    model, optimizer = Small(nnx.Rngs(0)), jr.Optimizer(jr.adamw(0.1))
+    copy.deepcopy(optimizer)
+    optimizer.update(model, nnx.grad(Small.loss)(model))
+    with pytest.raises(TypeError, match="has other variables"):
+        copy.deepcopy((model, optimizer))
+
+
+def test_what_was_read_stays_readable():
+    model = Small(nnx.Rngs(0))
+    rule = jr.accumulate(jr.skip_nonfinite(jr.adamw(0.1)), 2)
+    optimizer = interop.Optimizer(model, rule)
+    grads = nnx.grad(Small.loss)(model)
+    read = []
+    for _ in range(3):
+        optimizer.update(model, grads)
+        read.append(optimizer.metrics | optimizer.hyperparams)
+    assert [int(values["micro_step"]) for values in read] == [1, 0, 1]
+    assert {float(values["learning_rate"]) for values in read} == {np.float32(0.1)}
+
+
+def test_without_donation_clones_and_states_stay_valid():
+    model = Small(nnx.Rngs(0))
+    optimizer = interop.Optimizer(model, jr.adamw(0.1), donate=False)
+    clone, state = nnx.clone(optimizer), nnx.state(optimizer)
+    optimizer.update(model, nnx.grad(Small.loss)(model))
+    assert clone.state_dict()["adam.count"] == 0
+    chex.assert_tree_all_finite(jax.tree.leaves(state))
+
+
+def test_optimizers_of_parts_of_a_model_take_turns(monkeypatch):
+    """Each finds what it listed before, also when numbers and flags among the attributes have changed."""
+    model = make()
+    model.steps = 0
+    parts = [nnx.All(nnx.Param, nnx.PathContains(name)) for name in ("embed", "head")]
+    optimizers = [interop.Optimizer(model, jr.sgd(0.1), wrt=part) for part in parts]
+    grads = [nnx.grad(loss_fn, argnums=nnx.DiffState(0, part))(model) for part in parts]
+    for k in range(3):
+        if k == 1:  # from then on nothing is listed anew
+            monkeypatch.setattr(nnx_variables, "_listing", None)
+        loss_and_grads(model)
+        model.steps += 1000
+        for optimizer, g in zip(optimizers, grads, strict=True):
+            optimizer.update(model, g)
+        model.eval()
+        model.train()
 
 
 # Averages, saving
@@ -507,6 +687,11 @@ def test_orbax(tmp_path):
 # What is refused
 
 
+class Named(nnx.Module):
+    def __init__(self, parts: Any) -> None:
+        self.a = nnx.data(parts)
+
+
 def test_errors():
     model = make()
     _, grads = loss_and_grads(model)
@@ -524,6 +709,11 @@ def test_errors():
         optimizer.update(model, nnx.State({name: g for name, g in grads.items() if name != "embed"}))
     with pytest.raises(ValueError, match="it has besides 'more'"):
         optimizer.update(model, nnx.State({**grads, "more": jnp.ones(2)}))
+    for one in (optimizer, jr.Optimizer(jr.adamw(0.1))):
+        with pytest.raises(TypeError, match="takes the model first"):
+            one.update(grads, model)
+    with pytest.raises(ValueError, match="two variables of the model have the same path, 'a/a/b'"):
+        interop.Optimizer(Named({"a/b": nnx.Param(jnp.ones(2)), "a": {"b": nnx.Param(jnp.ones(2))}}), jr.sgd(0.1))
     with pytest.raises(ValueError, match="the module has no variable at 'more', where the gradients have one"):
         jr.Optimizer(jr.adamw(0.1)).update(model, nnx.State({**grads, "more": jnp.ones(2)}))
     chex.assert_trees_all_equal((values(model), optimizer.state_dict()), (before, state))

@@ -207,22 +207,22 @@ def test_an_assignment_compiles_nothing():
     fill(one)
     opt.update(one)
     fill(one)
-    size = stateful._STEP[False]._cache_size()
+    size = stateful._shared_program.cache_info().misses
     for value in (0.2, 0.3):
         opt.alpha = value
         opt.update(one)
     opt.load_state_dict(one, opt.state_dict(one))
     opt.update(one)
-    assert stateful._STEP[False]._cache_size() == size
+    assert stateful._shared_program.cache_info().misses == size
 
 
 def test_a_function_that_every_rule_ignores_compiles_nothing():
     opt, one = jr.Adam(0.1), model(w=(2,))
     fill(one)
     opt.update(one, value_fn=lambda x: x)
-    size = stateful._STEP[False]._cache_size()
+    size = stateful._shared_program.cache_info().misses
     opt.update(one, value_fn=lambda x: x)
-    assert stateful._STEP[False]._cache_size() == size
+    assert stateful._shared_program.cache_info().misses == size
 
 
 def test_complements_read_back_in_decimals():
@@ -515,11 +515,11 @@ def test_a_new_optimizer_does_not_compile_again():
     one = model(w=(2,))
     fill(one)
     jr.Adam(0.1, hook=[jr.clip_grad(1.0)]).update(one)
-    size = stateful._STEP[False]._cache_size()
+    size = stateful._shared_program.cache_info().misses
     for _ in range(3):
         fill(one)
         jr.Adam(0.1, hook=[jr.clip_grad(1.0)]).update(one)
-    assert stateful._STEP[False]._cache_size() == size
+    assert stateful._shared_program.cache_info().misses == size
 
 
 @pytest.mark.parametrize(
@@ -536,9 +536,9 @@ def test_optimizers_that_differ_in_numbers_share_one_program(make):
     fill(one)
     first, second = make(0.1), make(0.2)
     first.update(one)
-    size = stateful._STEP[False]._cache_size()
+    size = stateful._shared_program.cache_info().misses
     second.update(one)
-    assert stateful._STEP[False]._cache_size() == size
+    assert stateful._shared_program.cache_info().misses == size
     assert all(a is b for a, b in zip(first._programs.values(), second._programs.values(), strict=True))
 
 
@@ -675,10 +675,10 @@ def test_parameters_on_a_mesh_take_the_scalars_along():
     opt = jr.Adam(0.1, hook=[jr.clip_grad(1.0)])
     one.params()["w"].grad = one.params()["w"].data
     opt.update(one)
-    size = stateful._STEP[False]._cache_size()
+    size = stateful._shared_program.cache_info().misses
     opt.alpha = 0.2
     opt.update(one)
-    assert stateful._STEP[False]._cache_size() == size
+    assert stateful._shared_program.cache_info().misses == size
     assert all(leaf.sharding.mesh == mesh for leaf in opt._leaves)
     assert one.params()["w"].data.sharding.is_equivalent_to(over_x, 2)
 

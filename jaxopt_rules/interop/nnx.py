@@ -18,11 +18,12 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
@@ -32,6 +33,7 @@ from jaxopt_rules import averages, state, trees, variables
 from jaxopt_rules.interop import needed
 from jaxopt_rules.rule import Rule, as_rule, check_extra, definition_of, not_an_update
 from jaxopt_rules.state import LoadReport
+from jaxopt_rules.stateful import MOST_LOSSES
 from jaxopt_rules.variables import Listing, LossOfModule, is_variable, value, write
 
 if TYPE_CHECKING:
@@ -56,13 +58,15 @@ class Optimizer(nnx.Pytree):
     `optimizer_sharding` stands in for `out_sharding`. A variable that the model has in several places is one
     parameter.
 
-    Called outside of a transform, `update` is one compiled call, which takes over the buffers of the state (those of
-    the parameters stay valid).
+    Called outside of a transform, `update` is one compiled call, which takes over the buffers of the state: those of
+    the parameters stay valid; an `nnx.clone` of the optimizer, or an `nnx.state` of it, taken before, does with
+    `donate=False`.
 
     Args:
       model: the module, or any other NNX node.
       rule: the optimizer, as a pair of pure functions.
       wrt: which variables are parameters, as a filter of NNX: the one that `nnx.grad` was given.
+      donate: whether updates outside of a transform write the state into its own memory.
 
     Raises:
       ValueError: the rule gives directions, not updates.
@@ -71,14 +75,17 @@ class Optimizer(nnx.Pytree):
     opt_state: Any
     rule: Rule
     wrt: Any
+    donate: bool
 
-    def __init__(self, model: Any, rule: Rule, *, wrt: Any = nnx.Param) -> None:
+    def __init__(self, model: Any, rule: Rule, *, wrt: Any = nnx.Param, donate: bool = True) -> None:
         self.rule = as_rule(rule, "Optimizer")
         if not definition_of(self.rule).gives_updates:
             raise ValueError(not_an_update(repr(rule)))
-        self.wrt = wrt
+        self.wrt, self.donate = wrt, donate
         parameters = variables.listing(model, wrt).by_path
-        born = self.rule.init({path: value(v) for path, v in parameters.items()})
+        arrays = {path: value(v) for path, v in parameters.items()}
+        # Rules of this library share nothing with them; those of others may hold the parameters themselves.
+        born = trees.unshared(self.rule.init(arrays), arrays)
         self.opt_state = nnx.data(_as_variables(born, parameters))
 
     def update(self, model: Any, grads: Any, **extra: Any) -> Any:
@@ -87,7 +94,8 @@ class Optimizer(nnx.Pytree):
         Args:
           model: the module that this optimizer was made for, or one like it.
           grads: what `nnx.grad` gives for the same filter. `None` in it means that a parameter takes no part.
-          **extra: extra arguments of the rule, such as `value`. `value_fn` is a function of the model here.
+          **extra: extra arguments of the rule, such as `value`. `value_fn` is a function of the model here; outside of
+            a transform, pass the same function every time, since it is compiled into the update.
 
         Returns:
           The model, the same object.
@@ -105,11 +113,13 @@ class Optimizer(nnx.Pytree):
             check_extra(repr(self.rule), accepts, extra)
             # What every rule ignores must not count: a new `value_fn` each time would compile each time.
             extra = {name: x for name, x in extra.items() if accepts is None or name in accepts}
+        if isinstance(model, nnx.State):
+            raise TypeError("update takes the model first, and then the gradients: update(model, grads)")
         if "value_fn" in extra:
             own = {name: name for name in listing.by_path}
             loss, rest = variables.loss_of_module(extra.pop("value_fn"), model, own)
             functions = (("value_fn", loss),)
-        program = _program(
+        settings = _Settings(
             self.rule,
             slots.structure,
             tuple(listing.by_path),
@@ -118,7 +128,7 @@ class Optimizer(nnx.Pytree):
         )
         before, values = [value(v) for v in slots.variables], [value(v) for v in listing.by_path.values()]
         present = [g for g in gs if g is not None]
-        arrays = {name: x for name, x in extra.items() if not callable(x)}
+        arrays = {name: _of_paths(x, self.wrt) for name, x in extra.items() if not callable(x)}
         traced = any(isinstance(x, Tracer) for x in (*before[:1], *values[:1], *present[:1]))
         results: list[Any] = []
 
@@ -129,8 +139,8 @@ class Optimizer(nnx.Pytree):
 
         try:
             # No interrupt can fall between this call and its results being in the list: both happen outside of Python.
-            step = _step if traced else _compiled_step
-            results.extend(itertools.starmap(step, [(program, before, values, present, rest, arrays)]))
+            step = functools.partial(_step, settings) if traced else _program(self, settings)
+            results.extend(itertools.starmap(step, [(before, values, present, rest, arrays)]))
             finish()
         except BaseException:
             # An interrupt behind the compiled step finds the old state donated: the step is completed.
@@ -142,7 +152,7 @@ class Optimizer(nnx.Pytree):
     @property
     def hyperparams(self) -> dict[str, Array]:
         """The hyperparameters, as in `jaxopt_rules.hyperparams`."""
-        return state.hyperparams(self._arrays)
+        return _copies(state.hyperparams(self._arrays))
 
     def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Gives hyperparameters new values, as `jaxopt_rules.set_hyperparams` does, with the errors of that."""
@@ -151,7 +161,7 @@ class Optimizer(nnx.Pytree):
     @property
     def metrics(self) -> dict[str, Array]:
         """What the last update recorded, as in `jaxopt_rules.metrics`."""
-        return state.metrics(self._arrays)
+        return _copies(state.metrics(self._arrays))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state as a flat dict of NumPy arrays under names that stay. See `jaxopt_rules.state_dict`."""
@@ -219,6 +229,19 @@ def _as_variables(born: Any, parameters: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(treedef, [variable(keys, x) for keys, x in leaves])
 
 
+def _copies(arrays: dict[str, Array]) -> dict[str, Array]:
+    """What stays valid when the next update takes over the buffers of the state."""
+    return {name: x if isinstance(x, Tracer) else jnp.array(x) for name, x in arrays.items()}
+
+
+def _of_paths(x: Any, wrt: Any) -> Any:
+    """An extra argument that is like the gradients, such as `grad`, as the rule sees these."""
+    if not isinstance(x, nnx.State):
+        return x
+    parts, arrays = variables.gradients(x, wrt)
+    return dict(zip(map(variables.path, parts), arrays, strict=True))
+
+
 class _Slots(NamedTuple):
     """The variables of a state, and the structure of the state whose leaves they are."""
 
@@ -255,8 +278,8 @@ def _gradients(grads: Any, wrt: Any, parameters: Listing) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Program:
+@dataclass(frozen=True)
+class _Settings:
     """All that is fixed while an update is compiled."""
 
     rule: Rule
@@ -266,12 +289,8 @@ class _Program:
     functions: tuple[tuple[str, Any], ...]  # extra arguments that are functions
 
 
-# Equal programs are one object: a compiled call finds it by identity, and not by comparing all that it is made of.
-_program = functools.lru_cache(maxsize=4096)(_Program)
-
-
 def _step(
-    program: _Program,
+    program: _Settings,
     slots: list[Any],
     values: list[Any],
     grads: list[Any],
@@ -292,5 +311,23 @@ def _step(
     return leaves, [params[path] for path in program.paths]
 
 
-# State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
-_compiled_step = jax.jit(_step, static_argnums=0, donate_argnums=1)
+def _new_program(settings: _Settings, donate: bool) -> Callable[..., Any]:
+    # State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
+    return jax.jit(functools.partial(_step, settings), donate_argnums=0 if donate else ())
+
+
+# Equal settings have one program, whichever optimizers they are of. Functions may hold on to data, and are not in it,
+# but in those of an optimizer.
+_shared_program = functools.lru_cache(maxsize=4096)(_new_program)
+_own_programs: weakref.WeakKeyDictionary[Any, dict[_Settings, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def _program(optimizer: Optimizer, settings: _Settings) -> Callable[..., Any]:
+    if not settings.functions:
+        return _shared_program(settings, optimizer.donate)
+    programs = _own_programs.setdefault(optimizer, {})
+    if settings not in programs:
+        while len(programs) >= MOST_LOSSES:
+            del programs[next(iter(programs))]
+        programs[settings] = _new_program(settings, optimizer.donate)
+    return programs[settings]

@@ -198,13 +198,6 @@ def _seen(x: Any, p: Any) -> Any:
     return jnp.zeros_like(p, dtype=wide)
 
 
-def _own(x: Any) -> Any:
-    """A strong-typed copy."""
-    if _is_key(x):
-        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-    return jnp.array(x, jnp.result_type(x))
-
-
 def _as_before(old: Any, new: Any) -> Any:
     return new if _is_key(new) else jnp.asarray(new, jnp.result_type(old))
 
@@ -229,7 +222,7 @@ class _FromOptax(Definition):
     def init(self, params: Any) -> Any:
         leaves, structure = trees.flatten(params)
         state = self.theirs.init(jax.tree.unflatten(structure, [_seen(p, p) for p in leaves]))
-        state, treedef = jax.tree.flatten(jax.tree.map(_own, state))
+        state, treedef = jax.tree.flatten(jax.tree.map(trees.own, state))
         # What is like a parameter was born where that is.
         free = {k: x for k, x in enumerate(state) if not isinstance(x, Tracer) and not x.committed}
         placed = trees.placed_with(leaves, free)
@@ -243,7 +236,7 @@ class _FromOptax(Definition):
         new = jax.tree.map(_as_before, state, new)
         if not all(view.present):
             new = self._with_absent_of(state, new, view)
-        return view.updates(updates), _unshared(new, (grads, params, seen, updates))
+        return view.updates(updates), trees.unshared(new, (grads, params, seen, updates))
 
     def _with_absent_of(self, old: Any, new: Any, view: _View) -> Any:
         """A new state, with the memory of parameters that take no part as it was."""
@@ -267,16 +260,6 @@ class _FromOptax(Definition):
 
         new = jax.tree.map(kept, old, new, is_leaf=lambda x: slots(x) is not None)
         return jax.tree.unflatten(treedef, jax.tree.leaves(new))
-
-
-def _unshared(state: Any, others: Any) -> Any:
-    """A state with copies of those leaves that are also elsewhere in it, or in `others`."""
-    known = {id(x) for x in jax.tree.leaves(others)}
-    leaves, treedef = jax.tree.flatten(state)
-    for k, x in enumerate(leaves):
-        leaves[k] = _own(x) if id(x) in known else x
-        known.add(id(x))
-    return jax.tree.unflatten(treedef, leaves)
 
 
 @constructor

@@ -17,6 +17,7 @@ of the chain, and takes no empty arrays. Here leaves have the names of `state_di
 
 import contextlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +26,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxopt_rules import trees
 from jaxopt_rules.interop import needed
 from jaxopt_rules.state import LoadReport, named_leaves, take_over
 
 ocp = needed("orbax.checkpoint", "checkpoints")
+tensorstore = needed("tensorstore", "checkpoints")  # Orbax's own storage, which decides what can be saved
 
 _ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
 _METADATA = Path("default", "_METADATA")  # where Orbax keeps the structure, within a checkpoint
@@ -48,7 +51,8 @@ class Checkpoints:
     """The checkpoints in a directory, one for each step that was saved.
 
     A checkpoint is written beside the others and gets its name when it is complete: a run that is killed meanwhile
-    leaves them as they were, and what it left unfinished is never read. Nothing is ever overwritten, and nothing but
+    leaves them as they were, and what it left unfinished is never read. A step that is there is not overwritten, also
+    if another process saved it; only two that save the same step at the same time do not see each other. Nothing but
     what `keep` says is deleted, after the new checkpoint is complete.
 
     Args:
@@ -69,12 +73,13 @@ class Checkpoints:
         path = Path(directory).absolute()
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} is a file, not a directory of checkpoints")
-        self.manager = ocp.CheckpointManager(
-            path,
-            item_handlers=ocp.PyTreeCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, **options),
-        )
+        chosen = ocp.CheckpointManagerOptions(max_to_keep=keep, **options)
+        self.manager = ocp.CheckpointManager(path, item_handlers=ocp.PyTreeCheckpointHandler(), options=chosen)
         """Orbax's manager, for what goes beyond this class: `checkpoints.manager.delete(step)`."""
+        self._names = chosen.step_name_format or ocp.path.step.standard_name_format(
+            step_prefix=chosen.step_prefix, step_format_fixed_length=chosen.step_format_fixed_length
+        )
+        self._closed = False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -83,7 +88,8 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until everything is saved."""
+        """Waits until everything is saved. Nothing can be saved or restored afterwards."""
+        self._closed = True
         self.manager.close()
 
     def wait(self) -> None:
@@ -92,37 +98,56 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the latest complete checkpoint."""
-        return self.manager.latest_step()
+        """The step of the latest complete checkpoint, as in `steps`."""
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints."""
-        return sorted(self.manager.all_steps())
+        """The steps of all complete checkpoints that are in the directory now, whichever process saved them.
+
+        What `save` has begun is among them when it is complete, at the latest after `wait()`.
+        """
+        # Not the manager's list: it does not know what others saved, and has what is not yet complete.
+        return sorted(found.step for found in self._names.find_all(self.manager.directory))
 
     def save(self, step: int, /, **trees: Any) -> bool:
         """Begins to save these trees, and returns when their arrays may be donated; files are written meanwhile.
 
         Args:
-          step: later than all that were saved.
-          trees: of arrays and numbers, under names of your choice.
+          step: later than all that were saved, at least 0.
+          trees: of arrays and numbers, under names of your choice; at least one.
 
         Returns:
           Whether the options had this step saved.
 
         Raises:
-          TypeError: a leaf is no array; names it.
-          ValueError: there is a checkpoint of this step, or of a later one.
+          TypeError: a leaf is no array, or of a dtype that Orbax has not; names it.
+          ValueError: there is a checkpoint of this step, or of a later one; or no tree is given; or this is closed.
         """
-        latest = self.latest_step
+        self._check_open()
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"a step is at least 0, not {step}")
+        if not trees:
+            raise ValueError(f"save({step}) is given no tree; name what is to be saved: save({step}, params=params)")
+        # Orbax has no empty arrays. They hold nothing that could be lost.
+        named = {
+            item: {name: _storable(item, name, x) for name, x in named_leaves(tree).items() if np.size(x)}
+            for item, tree in trees.items()
+        }
+        known = self.manager.latest_step()
+        if (known is None or known < step) and not self.manager.should_save(step):
+            return False
+        # The manager writes over what it does not know of, and would forget what it is still writing.
+        self.manager.wait_until_finished()
+        self.manager.reload()
+        latest = self.manager.latest_step()
         if latest is not None and step <= latest:
             raise ValueError(
                 f"{self.manager.directory} has a checkpoint of step {latest}, so that step {step} cannot be saved. To "
                 f"go on from an earlier one, delete the later ones, checkpoints.manager.delete({latest}), or use "
                 "another directory"
             )
-        # Orbax has no empty arrays. They hold nothing that could be lost.
-        named = {item: {k: x for k, x in named_leaves(tree).items() if np.size(x)} for item, tree in trees.items()}
         return self.manager.save(step, args=ocp.args.PyTreeSave(named))
 
     def restore(
@@ -149,10 +174,14 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint, or none of this step.
-          ValueError: a file is damaged, foreign or missing; or, if `strict`, something does not fit. Names the
-            directory, and what is wrong. Nothing is deleted: earlier checkpoints can be restored by their step.
+          ValueError: a file is damaged, foreign or missing; or, if `strict`, something does not fit or a whole tree is
+            not there. Names the directory, and what is wrong. Nothing is deleted: earlier checkpoints can be restored
+            by their step. Or this is closed.
         """
         step, path, found = self._found(step)
+        if strict and (absent := [repr(item) for item in like if item not in found]):
+            held = ", ".join(map(repr, sorted(found))) or "none"
+            raise ValueError(f"{path} has no tree {' and no tree '.join(absent)}; the trees in it are: {held}")
         saved: dict[str, dict[str, Any]] = {}
         arguments: dict[str, dict[str, Any]] = {}
         for item, tree in like.items():
@@ -185,19 +214,25 @@ class Checkpoints:
             step, path, {item: dict.fromkeys(there, _ON_HOST) for item, there in found.items()}
         )
 
+    def _check_open(self) -> None:
+        # Orbax would fail after it has begun, and what waits for it then holds up the end of the process.
+        if self._closed:
+            raise ValueError(f"these checkpoints, of {self.manager.directory}, are closed: open them again")
+
     def _found(self, step: int | None) -> tuple[int, Path, dict[str, dict[str, Any]]]:
         """The step, the directory of its checkpoint, and what is in it: shapes and dtypes."""
+        self._check_open()
         self.manager.wait_until_finished()
         self.manager.reload()
         steps, directory = self.steps, Path(self.manager.directory)
         if not steps:
             raise FileNotFoundError(f"there is no checkpoint in {directory}")
-        if step is not None and step not in steps:
+        step = steps[-1] if step is None else operator.index(step)
+        if step not in steps:
             raise FileNotFoundError(
                 f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
             )
-        step = steps[-1] if step is None else step
-        path = directory / str(step)
+        path = directory / self._names.build_name(step)
         with _explained(path):
             metadata = self.manager.item_metadata(step)
         tree = getattr(metadata, "tree", None)
@@ -220,6 +255,16 @@ class Checkpoints:
         )
         with _explained(path):
             return self.manager.restore(step, args=args)
+
+
+def _storable(item: str, name: str, x: Any) -> Any:
+    """An array that Orbax takes: of complex numbers of Python and of scalars of NumPy it takes not all."""
+    x = x if isinstance(x, Array) else np.asarray(x)
+    try:
+        tensorstore.dtype(x.dtype.name)
+    except ValueError as error:
+        raise TypeError(f"Orbax cannot save {trees.quoted(name)} of {item}, which is of dtype {x.dtype}") from error
+    return x
 
 
 def _arguments(x: Any) -> Any:

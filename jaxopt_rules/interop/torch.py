@@ -66,16 +66,17 @@ class Axes:
         Axes((2, 3, 0, 1), flip=(0, 1))                  ConvTranspose2d (in, out, h, w) -> (h, w, in, out), for
                                                          `jax.lax.conv_transpose`, which does not turn the filter round
         Axes((2, 3, 1, 0), split={1: (16, 5, 5)})        Linear behind a flattened (16, 5, 5) -> behind (5, 5, 16)
-        Axes((2, 0, 1), split={0: (8, 64)})              Linear (8 * 64, in) -> heads (in, 8, 64)
+        Axes((2, 0, 1), split={0: (8, -1)})              Linear (8 * 64, in) -> heads (in, 8, 64)
+        Axes((0, 1, 2), split={0: (-1, 1, 1)})           a bias (out,) -> (out, 1, 1)
 
     Args:
       order: a permutation of the axes there, after the split.
       flip: axes here that run backwards.
-      split: axes there that are several, with the sizes of these. Where ours has fewer axes than `order`, they are
-        joined again.
+      split: axes there that are several, with the sizes of these, of which one may be -1: what the others leave. Where
+        ours has fewer axes than `order`, neighbours are joined again.
 
     Raises:
-      ValueError: `order` is no permutation, or `flip` is not among its axes.
+      ValueError: `order` is no permutation, `flip` is not among its axes, or `split` not among those there.
     """
 
     order: tuple[int, ...]
@@ -89,6 +90,14 @@ class Axes:
             raise ValueError(f"Axes: flip names axes here, from 0 to {len(self.order) - 1}, not {self.flip}")
         object.__setattr__(self, "order", tuple(self.order))
         object.__setattr__(self, "split", {axis: tuple(sizes) for axis, sizes in self.split.items()})
+        theirs = len(self.order) - sum(len(sizes) - 1 for sizes in self.split.values())
+        if not set(self.split) <= set(range(theirs)):
+            raise ValueError(
+                f"Axes: split={self.split} makes {len(self.order)} axes, those of order, of {theirs} there, and names "
+                "another"
+            )
+        if any(min(sizes, default=-2) < -1 or sizes.count(-1) > 1 for sizes in self.split.values()):
+            raise ValueError(f"Axes: split gives sizes, of which one may be -1 for each axis, not {self.split}")
 
     def to_ours(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """An array of PyTorch as one of this shape here.
@@ -96,10 +105,13 @@ class Axes:
         Raises:
           ValueError: it does not fit.
         """
-        sizes = [self.split.get(axis, (size,)) for axis, size in enumerate(x.shape)]
-        apart = x.reshape([size for several in sizes for size in several])
+        if not self.split:
+            return np.flip(x.transpose(self.order), self.flip)
+        apart = x.reshape([size for axis, whole in enumerate(x.shape) for size in self._sizes(axis, whole)])
         moved = np.flip(apart.transpose(self.order), self.flip)
-        return moved.reshape(shape) if self.split else moved
+        if not _ways_apart(moved.shape, shape or (1,)):
+            raise ValueError(f"{self!r} gives shape {moved.shape}, which does not fit {shape}")
+        return moved.reshape(shape)
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """An array of ours as PyTorch has it.
@@ -119,27 +131,42 @@ class Axes:
             axis += several
         return apart.reshape(joined)
 
-    def _apart_here(self, shape: tuple[int, ...]) -> list[int]:
-        """The sizes of our axes where none are joined: those of the split are known, the others are ours in order."""
-        known: dict[int, int] = {}
-        theirs = axis = 0
-        while theirs < len(self.order):
-            for size in self.split.get(axis, (0,)):
-                known |= {theirs: size} if axis in self.split else {}
-                theirs += 1
+    def _sizes(self, axis: int, whole: int) -> tuple[int, ...]:
+        """The sizes into which an axis there is split."""
+        sizes = self.split.get(axis, (whole,))
+        known = math.prod(size for size in sizes if size != -1)
+        new = tuple(whole // max(known, 1) if size == -1 else size for size in sizes)
+        if math.prod(new) != whole:
+            raise ValueError(f"{self!r} splits axis {axis} into {sizes}, and its size is {whole}")
+        return new
+
+    def _apart_here(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of our axes where none are joined."""
+        theirs: list[int] = []
+        axis = 0
+        while len(theirs) < len(self.order):
+            theirs += self.split.get(axis, (-1,))
             axis += 1
-        sizes: list[int] = []
-        ours = iter(shape)
-        left = 1  # of the axis here at hand, what is not yet accounted for
-        for k in self.order:
-            if left == 1:
-                left = next(ours, 1)
-            size = known.get(k, left)
-            if left % size:
-                raise ValueError(f"{self!r} does not fit shape {shape}")
-            sizes.append(size)
-            left //= size
-        return sizes
+        ways = _ways_apart([theirs[k] for k in self.order], shape or (1,))
+        if len(ways) != 1:
+            more = "in more than one way: give all sizes of the split" if ways else "in no way"
+            raise ValueError(f"{self!r} fits shape {shape} {more}")
+        return ways.pop()
+
+
+def _ways_apart(sizes: Sequence[int], shape: Sequence[int]) -> set[tuple[int, ...]]:
+    """What the sizes are, -1 where it is not known, for neighbours among them to make up the axes of this shape."""
+    if not shape:
+        return set() if sizes else {()}
+    ways: set[tuple[int, ...]] = set()
+    for n in range(1, len(sizes) - len(shape) + 2):
+        own = sizes[:n]
+        known = math.prod(size for size in own if size != -1)
+        unknown = [shape[0] // max(known, 1)] * list(own).count(-1)
+        if len(unknown) < 2 and known * math.prod(unknown) == shape[0]:
+            filled = tuple(unknown[0] if size == -1 else size for size in own)
+            ways |= {(*filled, *rest) for rest in _ways_apart(sizes[n:], shape[1:])}
+    return ways
 
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -151,7 +178,8 @@ class Layout:
     """What the parameters of a model are called in PyTorch, and how their axes are ordered there.
 
         FLAX                                                      Flax, Linen and NNX: names and axes of its layers
-        SAME                                                      Equinox: the names and axes of PyTorch
+        EQUINOX                                                   Equinox: names and axes of its layers
+        SAME                                                      the names and axes of PyTorch
         FLAX.also(names={"Conv_0": "features.0", "params": ""})   modules that have other names here
         SAME.also(axes={"**/w": (1, 0)})                          arrays that are transposed
 
@@ -260,8 +288,31 @@ class _Kernel:
         return path.rpartition("/")[2] == "kernel" and array.ndim == self.ndim
 
 
+@dataclass(frozen=True)
+class _ConvolutionBias:
+    """A predicate: arrays called `bias` with so many axes, of which those behind the first have length 1."""
+
+    ndim: int
+
+    def __call__(self, path: str, array: Any) -> bool:
+        unit = (1,) * (self.ndim - 1)
+        return path.rpartition("/")[2] == "bias" and array.ndim == self.ndim and tuple(array.shape[1:]) == unit
+
+
 SAME = Layout()
-"""The names and the axes of PyTorch, which are also Equinox's."""
+"""The names and the axes of PyTorch."""
+
+EQUINOX = Layout(
+    axes=[(_ConvolutionBias(n), Axes((*range(n),), split={0: (-1, *[1] * (n - 1))})) for n in (2, 3, 4)],
+)
+"""The layers of Equinox: names and axes of PyTorch, but for a convolution's `bias`, (out, 1, 1) where PyTorch's is (out,).
+
+A `ConvTranspose2d` does not turn the filter round and has its channels as (out, in): `axes` say for its weight
+`Axes((1, 0, 2, 3), flip=(2, 3))`. The layers of a `Sequential` are in `layers/0`, where PyTorch's are `0`:
+`names={"layers": ""}`. Attention and recurrent cells keep other arrays than PyTorch's. To a rule the bias of a
+convolution is an array with more than one axis: what is chosen by that, as Adafactor's `views="last"`, leaves it out by
+`excluding("**/bias")`.
+"""
 
 FLAX = Layout(
     axes=[(_Kernel(n), (*range(2, n), 1, 0)) for n in (2, 3, 4, 5)],
@@ -298,13 +349,32 @@ class _Matched(NamedTuple):
             raise ValueError(
                 f"{what} of {self.names[k]!r} has shape {there.shape} in PyTorch{became}; of {quoted(self.paths[k])} "
                 f"it has shape {shape} here; say in the layout how the axes are moved: also(axes={{'{self.paths[k]}': "
-                "(1, 0)}), or what it is called: also(names=...)"
+                f"{_example(there.ndim, shape)}}}), or what it is called: also(names=...)"
             )
         return moved
 
     def to_theirs(self, k: int, x: Any) -> np.ndarray:
-        axes = self.axes[k]
-        return np.asarray(x) if axes is None else axes.to_theirs(np.asarray(x))
+        """An array that belongs to leaf k, as PyTorch has it.
+
+        Raises:
+          ValueError: it does not fit.
+        """
+        there, axes = np.asarray(x), self.axes[k]
+        try:
+            return there if axes is None else axes.to_theirs(there)
+        except ValueError as error:
+            raise ValueError(
+                f"{quoted(self.paths[k])} has shape {there.shape} here, which the layout does not move: {error}"
+            ) from error
+
+
+def _example(ndim: int, shape: tuple[int, ...]) -> str:
+    """What a layout may say of an array with so many axes there, of this shape here."""
+    if ndim == len(shape) > 1:
+        return str((*range(2, ndim), 1, 0))
+    if ndim == 1 < len(shape) and set(shape[1:]) == {1}:
+        return f"Axes({tuple(range(len(shape)))}, split={{0: {(-1, *shape[1:])}}})"
+    return "Axes(order, split={axis: sizes})"
 
 
 def _matched(params: Any, layout: Layout) -> _Matched:
@@ -370,8 +440,10 @@ def load_model_state(state_dict: Mapping[str, Any], params: Any, layout: Layout 
         running means and variances are in it as well as its parameters.
 
     Raises:
+      TypeError: `state_dict` is none.
       ValueError: a parameter is missing there, has another shape, or is left over.
     """
+    _check_mapping(state_dict, "load_model_state takes module.state_dict()")
     at = _matched(params, layout)
     _check_present(at, state_dict, "the state_dict")
     taken = set(at.names.values())
@@ -385,6 +457,13 @@ def load_model_state(state_dict: Mapping[str, Any], params: Any, layout: Layout 
         p = at.leaves[k]
         new[k] = _fitted(at.to_ours(k, state_dict[name], "the parameter", p.shape), p)
     return jax.tree.unflatten(at.treedef, new)
+
+
+def _check_mapping(x: Any, takes: str) -> None:
+    if not isinstance(x, Mapping):
+        name = type(x).__name__
+        article = "an" if name[0] in "AEIOUaeiou" else "a"
+        raise TypeError(f"{takes}, not {None if x is None else f'{article} {name}'}")
 
 
 def _check_present(at: _Matched, names: Mapping[str, Any], where: str) -> None:
@@ -409,11 +488,13 @@ def model_state_dict(params: Any, layout: Layout = FLAX, *, like: Mapping[str, A
         dtypes are those of `params`.
 
     Raises:
+      TypeError: `like` is no state_dict.
       ValueError: a parameter is not in `like`, or has another shape there.
       ImportError: PyTorch is not installed.
     """
     at = _matched(params, layout)
     if like is not None:
+        _check_mapping(like, "model_state_dict takes like=module.state_dict()")
         _check_present(at, like, "`like`")
     new = dict(like or {})
     for k, name in at.names.items():
@@ -468,6 +549,10 @@ class _Kind:
     families: frozenset[str]  # besides those with slots, whose hyperparameters these are
     decay: str  # "decoupled", "l2" or, as the param_group says, "either"
     counts: bool = True  # whether it saves how many updates were finished
+
+    def counts_for(self, family: Family) -> bool:
+        """Whether what a formula here does goes by the number of updates that it saves for each parameter."""
+        return self.counts and (family.name in self.slots or family.name in self.families - _ENDS)
 
     def owns(self, entry: Entry) -> bool:
         """Whether a hyperparameter here is one of this optimizer."""
@@ -656,7 +741,7 @@ def _entries(state_dicts: Sequence[Mapping[str, Any]], names: NamesThere | None)
         raise ValueError(f"names are {len(columns)} lists, and there are {len(state_dicts)} optimizers: one for each")
     entries: dict[str, _Entry] = {}
     for i, (saved, own) in enumerate(zip(state_dicts, columns, strict=True)):
-        if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        if not {"state", "param_groups"} <= saved.keys():
             raise ValueError("a state_dict of an optimizer has state and param_groups: optimizer.state_dict()")
         groups, kinds = saved["param_groups"], [_kind(group) for group in saved["param_groups"]]
         total = sum(len(group["params"]) for group in groups)
@@ -880,6 +965,10 @@ def load_optimizer_state(
     owns here follows that, from the saved count on. A parameter without a state there, since it never had a gradient,
     is newborn here. So is what the rule has besides (averages, hooks with memory), but its count goes on, too.
 
+    PyTorch counts the updates of each parameter, and here each formula has a count: parameters that did not begin
+    together, since they were frozen at first, are groups of a `partition`. What goes by the run and not by its
+    parameters, such as a schedule of the learning rate, goes on at the largest of the counts.
+
     Args:
       state_dict: `optimizer.state_dict()`, also one that was saved; or several, of optimizers that share the
         parameters.
@@ -893,54 +982,68 @@ def load_optimizer_state(
       count: finished updates, where the optimizer does not save them: SGD, Lion and Muon do not.
 
     Raises:
+      TypeError: `state_dict` is none.
       ValueError: the rule is not the counterpart of the optimizer; names, shapes or numbers of updates do not fit;
         hyperparameters differ within a group here; or the optimizer maximizes.
     """
     if hyperparams not in ("saved", "new"):
         raise ValueError(f"hyperparams is 'saved' or 'new', not {hyperparams!r}")
-    saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+    saved = list(state_dict) if isinstance(state_dict, list | tuple) else [state_dict]
+    for x in saved:
+        _check_mapping(x, "load_optimizer_state takes optimizer.state_dict()")
     rule = as_rule(rule, "load_optimizer_state")
     meeting = _Meeting(params, rule, layout, saved, names)
     born = rule.init(params)
     meeting.check_forms(born)
-    clock = _clock(meeting, count)
-    state = _with_slots(meeting, born, clock)
-    return state if hyperparams == "new" else _with_hyperparameters(meeting, state, clock)
+    state = _with_slots(meeting, born, _clock(meeting, count))
+    return state if hyperparams == "new" else _with_hyperparameters(meeting, state)
 
 
 def _clock(meeting: _Meeting, count: int | None) -> int:
-    """How many updates were finished."""
+    """How many updates the run has finished."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise ValueError(f"count is a number of finished updates, not {count!r}")
+    saved = max((entry.step for entry in meeting.entries.values() if entry.step is not None), default=None)
+    silent = [entry.kind.name for entry in meeting.entries.values() if not entry.kind.counts]
+    if saved is None and count is None and silent:
+        raise ValueError(f"{silent[0]} does not save how many updates were finished; say it: count=...")
+    # Optimizers need not have begun together.
+    if saved is not None and count is not None and (count < saved or (count > saved and not silent)):
+        raise ValueError(f"count is {count}, and the state_dict has finished {saved} updates")
+    # An optimizer that would say it, and has nothing to say, has not begun.
+    return count if count is not None else saved or 0
+
+
+def _clock_of(meeting: _Meeting, family: Family, clock: int) -> int:
+    """How many updates a formula has finished."""
+    part = meeting.parts.get(family.place)
+    leaves = sorted(part.leaves) if part is not None else ()
+    own = {k: entry for k, entry in meeting.entries.items() if k in leaves and entry.kind.counts_for(family)}
+    if not own:
+        return clock
     steps: dict[int, list[str]] = {}
-    for entry in meeting.entries.values():
+    for entry in own.values():
         if entry.step is not None:
             steps.setdefault(entry.step, []).append(entry.name)
     if len(steps) > 1:
         most = max(steps, key=lambda step: len(steps[step]))
         others = ", ".join(f"{_listed(found)} had {step}" for step, found in steps.items() if step != most)
         raise ValueError(
-            f"a rule has one clock for all parameters, and in PyTorch they had different numbers of updates: {others}, "
-            f"the others {most}"
+            f"{meeting.rule!r} has one count for parameters that had different numbers of updates in PyTorch: {others}, "
+            f"the others {most}; make them groups, which have one each: partition({{...}}, by=...), or, where bias "
+            "correction has become 1, give them one `step` in the state_dict"
         )
-    silent = [entry.kind.name for entry in meeting.entries.values() if not entry.kind.counts]
-    # An optimizer that would say it, and has nothing to say, has not begun.
-    known = next(iter(steps), 0 if count is None and not silent else None)
-    if known is None and count is None:
-        raise ValueError(f"{silent[0]} does not save how many updates were finished; say it: count=...")
-    if known is not None and count not in (None, known):
-        raise ValueError(f"count is {count}, and the state_dict has finished {known} updates")
-    clock = count if known is None else known
-    if isinstance(clock, bool) or not isinstance(clock, int) or clock < 0:
-        raise ValueError(f"count is a number of finished updates, not {clock!r}")
-    return clock
+    # As in PyTorch, what never had a gradient begins with the first.
+    return next(iter(steps), 0)
 
 
 def _with_slots(meeting: _Meeting, born: Any, clock: int) -> Any:
-    """A newborn state with the memory of PyTorch's, at that count."""
+    """A newborn state with the memory of PyTorch's, in a run at that count."""
     at, taken = meeting.at, {k: set[str]() for k in meeting.entries}
 
     def filled(family: Family) -> Any:
         part = meeting.parts.get(family.place)
-        new: dict[str, Any] = {"count": _fitted(np.asarray(clock), family.state.count)}
+        new: dict[str, Any] = {"count": _fitted(np.asarray(_clock_of(meeting, family, clock)), family.state.count)}
         if part is None:
             return family.state._replace(**new)
         for slot in family.slots:
@@ -971,9 +1074,14 @@ def _moved(meeting: _Meeting, k: int, there: str, old: Any, scaling: float, take
         return _factored(meeting, k, [memory[name] for name in factors], factors, old)
     if there not in memory or isinstance(old, Factors):
         entry = meeting.entries[k]
-        wanted = there if there not in memory else "the means of rows and columns"
+        if there in memory:
+            raise ValueError(
+                f"{meeting.rule!r} has means of rows and columns of {quoted(at.paths[k])}, and PyTorch's state of "
+                f"{entry.name!r} has {there}, not factored; leave it out of its views: views=[(excluding("
+                f"'{at.paths[k]}'), ...)]"
+            )
         raise ValueError(
-            f"{meeting.rule!r} wants {wanted} of {entry.name!r}, and PyTorch's state has {', '.join(memory)}; the "
+            f"{meeting.rule!r} wants {there} of {entry.name!r}, and PyTorch's state has {', '.join(memory)}; the "
             f"counterpart of {entry.kind.name} is {entry.counterpart}"
         )
     taken.add(there)
@@ -1007,7 +1115,7 @@ def _factored(meeting: _Meeting, k: int, means: list[Any], names: Sequence[str],
     )
 
 
-def _with_hyperparameters(meeting: _Meeting, state: Any, clock: int) -> Any:
+def _with_hyperparameters(meeting: _Meeting, state: Any) -> Any:
     """A state with the hyperparameters of the param_groups."""
     at, found, new = meeting.at, {k: set[str]() for k in meeting.entries}, dict[Address, Any]()
     schedules = definition_of(meeting.rule).schedules
@@ -1033,7 +1141,7 @@ def _with_hyperparameters(meeting: _Meeting, state: Any, clock: int) -> Any:
                 f"value of both in {meeting.rule!r}; make them groups: partition({{...}}, by=...){masked}"
             )
         if isinstance(entry.value, Scheduled):
-            last = scheduled(entry.key, schedules[entry.address], jnp.asarray(max(clock - 1, 0), jnp.int32))
+            last = scheduled(entry.key, schedules[entry.address], jnp.maximum(entry.family.state.count - 1, 0))
             new[entry.address] = Scheduled(_fitted(np.asarray(last), entry.value.value))
         elif values:
             new[entry.address] = replacement(entry, next(iter(values)))
@@ -1103,6 +1211,8 @@ def optimizer_state_dict(
         raise ValueError(f"hyperparams is 'saved' or 'new', not {hyperparams!r}")
     several = isinstance(like, list | tuple)
     given = [x.state_dict() if hasattr(x, "state_dict") else x for x in (like if several else [like])]
+    for x in given:
+        _check_mapping(x, "optimizer_state_dict takes like=optimizer, or its state_dict()")
     meeting = _Meeting(params, as_rule(rule, "optimizer_state_dict"), layout, given, names)
     meeting.check_forms(state)
     groups = [[dict(group) for group in saved["param_groups"]] for saved in given]
@@ -1184,21 +1294,24 @@ def _memories(
     memories = [
         {id_: memory for id_, memory in saved["state"].items() if (i, id_) not in own} for i, saved in enumerate(given)
     ]
+    kept: set[int] = set()
     for family, part in meeting.formulas(state):
         count = int(family.state.count)
-        # Newborn, it has no memory in PyTorch.
-        for slot in family.slots if count > 0 else ():
+        for slot in family.slots:
             column = meeting.column(family, slot)
             for k, entry, there in meeting.counterparts(family, slot, part):
+                kept.add(k)
+                if count == 0:
+                    continue  # newborn, it has no memory in PyTorch
                 memory = memories[entry.optimizer].setdefault(entry.id, {})
                 scaling = _scaling(part, _group_of(entry, given, groups))
                 memory |= _written(meeting.at, k, there, column[k], scaling, entry)
                 memory |= {"step": _step_of(count, entry)} if entry.kind.counts else {}
                 memory |= {"RMS": 0} if "scale_parameter" in entry.group else {}  # computed anew before it is read
     begun = any(int(family.state.count) > 0 for family, _ in meeting.formulas(state))
-    for entry in meeting.entries.values() if begun else ():
+    for k, entry in meeting.entries.items() if begun else ():
         plain = entry.kind.here == "sgd" and not _group_of(entry, given, groups)["momentum"]
-        if entry.id not in memories[entry.optimizer] and not plain:
+        if k not in kept and not plain:
             raise ValueError(
                 f"{meeting.rule!r} has nothing of what {entry.kind.name} keeps for {entry.name!r}; its counterpart is "
                 f"{entry.counterpart}"
