@@ -22,6 +22,7 @@ from jax import lax
 
 import jaxopt_rules as jr
 from jaxopt_rules.interop.torch import (
+    EQUINOX,
     FLAX,
     SAME,
     Axes,
@@ -522,6 +523,63 @@ def test_hyperparameters_of_the_rule():
     assert (there["lr"], there["betas"], there["weight_decay"]) == (0.3, (0.5, 0.999), 0.7)
 
 
+@pytest.mark.parametrize("start", [20, 50], ids=["before it moves", "when it moves"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_a_group_that_began_later(torch, start, kind):
+    """Each group has its own count, and the schedule that of the run; of Adafactor the rate is fixed."""
+    make, group, decline = {
+        "adamw": (torch.optim.AdamW, jr.adamw(jr.Linear(0.02, 100, 0.0)), 0.01),
+        "adafactor": (
+            torch.optim.Adafactor,
+            jr.adafactor_pytorch(0.3, views=FLAX_SIDE.factored, weight_decay=0.3),
+            0.0,
+        ),
+    }[kind]
+    model = torch_model()
+    optimizer = make(model.named_parameters(), 0.02)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - decline * i)
+
+    def train(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            train_there(model, [optimizer], i, i + 1)
+            scheduler.step()
+
+    model["head"].requires_grad_(False)
+    train(0, start)
+    model["head"].requires_grad_(True)
+    train(start, 50)
+    params = load_model_state(model.state_dict(), like_flax(), LAYOUT, strict=False)
+    rule = jr.chain(jr.clip_grad(1e9), jr.partition({"head": group, "rest": group}, {"head": "head/*"}))
+    state = load_optimizer_state(optimizer.state_dict(), params, rule, LAYOUT)
+    back = optimizer_state_dict(state, params, rule, LAYOUT, like=optimizer)
+    steps = {id_: float(memory["step"]) for id_, memory in optimizer.state_dict()["state"].items()}
+    assert {id_: float(memory["step"]) for id_, memory in back["state"].items()} == steps
+    assert len(set(steps.values())) == (2 if start < 50 else 1)
+    params, _ = train_here(FLAX_SIDE, rule, params, state, 50, 100)
+    train(50, 100)
+    there = load_model_state(model.state_dict(), params, LAYOUT, strict=False)
+    assert distance(params, there) < BOUND
+
+
+def test_optimizers_that_did_not_begin_together(torch):
+    """SGD does not save its count: that is the run's, and not smaller than what AdamW says."""
+    model = torch_model()
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    vectors = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    optimizers = [torch.optim.SGD(matrices, 0.01, 0.9), torch.optim.AdamW(vectors, 0.01)]
+    train_there(model, optimizers[:1], 0, 3)
+    train_there(model, optimizers, 3, 5)
+    saved = [optimizer.state_dict() for optimizer in optimizers]
+    rule = jr.partition({"matrix": jr.sgd(0.1, 0.9), "rest": jr.adamw(0.1)}, BY_NDIM)
+    state = jr.state_dict(load_optimizer_state(saved, like_flax(), rule, LAYOUT, count=5))
+    assert {name: int(x) for name, x in state.items() if name in ("matrix.velocity.count", "rest.adam.count")} == {
+        "matrix.velocity.count": 5,
+        "rest.adam.count": 2,
+    }
+    with pytest.raises(ValueError, match="count is 1, and the state_dict has finished 2 updates"):
+        load_optimizer_state(saved, like_flax(), rule, LAYOUT, count=1)
+
+
 def test_a_parameter_that_never_had_a_gradient(torch):
     model = torch_model()
     model["embed"].weight.requires_grad_(False)
@@ -611,19 +669,142 @@ def test_layers_of_nnx(torch):
     assert all(torch.equal(back[name], x) for name, x in there.state_dict().items())
 
 
-def test_layers_of_equinox(torch):
-    eqx = pytest.importorskip("equinox")
-    there = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten(), torch.nn.Linear(16, 5)).double()
-    a, b = jax.random.split(jax.random.key(0))
-    here = [eqx.nn.Conv2d(3, 4, 2, dtype=jnp.float64, key=a), jnp.ravel, eqx.nn.Linear(16, 5, dtype=jnp.float64, key=b)]
-    layout = SAME.also(axes={"0/bias": Axes((0, 1, 2), split={0: (4, 1, 1)})})
-    here = load_model_state(there.state_dict(), here, layout)
-    x = np.random.default_rng(0).normal(size=(3, 3, 3))
-    np.testing.assert_allclose(
-        here[2](here[1](here[0](x))), there(torch.tensor(x[None])).detach().numpy()[0], atol=1e-12
-    )
+class Equinox(NamedTuple):
+    """Layers as they are made by default, in PyTorch and in Equinox."""
+
+    there: Any
+    here: Any
+    layout: Layout
+
+
+@pytest.fixture
+def equinox(torch) -> Equinox:
+    eqx, nn = pytest.importorskip("equinox").nn, torch.nn
+    torch.manual_seed(0)
+    there = nn.ModuleDict(
+        {
+            "conv1": nn.Conv1d(3, 4, 2),
+            "conv2": nn.Conv2d(3, 4, 2),
+            "conv3": nn.Conv3d(3, 1, 2),
+            "up": nn.ConvTranspose2d(3, 4, (2, 3), stride=2),
+            "linear": nn.Linear(3, 4),
+            "norm": nn.LayerNorm((3, 2)),
+            "group": nn.GroupNorm(3, 3),
+        }
+    ).double()
+    make = {"dtype": jnp.float64, "key": jax.random.key(0)}
+    here = {
+        "conv1": eqx.Conv1d(3, 4, 2, **make),
+        "conv2": eqx.Conv2d(3, 4, 2, **make),
+        "conv3": eqx.Conv3d(3, 1, 2, **make),
+        "up": eqx.ConvTranspose2d(3, 4, (2, 3), stride=2, **make),
+        "linear": eqx.Linear(3, 4, **make),
+        "norm": eqx.LayerNorm((3, 2), dtype=jnp.float64),
+        "group": eqx.GroupNorm(3, 3, dtype=jnp.float64),
+    }
+    return Equinox(there, here, EQUINOX.also(axes={"up/weight": Axes((1, 0, 2, 3), flip=(2, 3))}))
+
+
+def test_layers_of_equinox(torch, equinox):
+    there, layout = equinox.there, equinox.layout
+    here = load_model_state(there.state_dict(), equinox.here, layout)
+    shapes = {"conv1": (3, 5), "conv2": (3, 5, 4), "conv3": (3, 2, 3, 4), "up": (3, 2, 3), "linear": (3,)}
+    for name, shape in (shapes | {"norm": (3, 2), "group": (3, 4)}).items():
+        x = np.random.default_rng(0).normal(size=shape)
+        expected = there[name](torch.tensor(x[None])).detach().numpy()[0]
+        np.testing.assert_allclose(here[name](jnp.asarray(x)), expected, atol=1e-12)
     back = model_state_dict(here, layout, like=there.state_dict())
     assert all(torch.equal(back[name], x) for name, x in there.state_dict().items())
+    alone = model_state_dict(here, layout)
+    assert {name: x.shape for name, x in alone.items()} == {name: x.shape for name, x in back.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "count"),
+    [
+        pytest.param(lambda torch, p: torch.optim.AdamW(p, 0.01), jr.adamw(), None, id="adamw"),
+        pytest.param(lambda torch, p: torch.optim.SGD(p, 0.02, 0.9), jr.sgd(0.3, 0.3), 3, id="momentum"),
+        pytest.param(
+            lambda torch, p: torch.optim.Adafactor(p, 0.03),
+            jr.adafactor_pytorch(
+                0.3,
+                views=[
+                    (jr.excluding("conv*/bias", "up/*", jr.by_ndim(1)), jr.MatrixView(rows=-1, columns=-2)),
+                    ("up/weight", jr.MatrixView(rows=-2, columns=-1)),
+                ],
+                weight_decay=0.3,
+            ),
+            None,
+            id="adafactor",
+        ),
+    ],
+)
+def test_optimizers_of_equinox(torch, equinox, make, rule, count):
+    """3 steps there and 3 here, and these 3 there again, where every parameter has the gradient sin θ."""
+    there, layout = equinox.there, equinox.layout
+    optimizer = make(torch, there.named_parameters())
+
+    def train_there(optimizer):
+        for _ in range(3):
+            for p in there.parameters():
+                p.grad = torch.sin(p.detach())
+            optimizer.step()
+
+    train_there(optimizer)
+    saved, model = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(there.state_dict())
+    params = load_model_state(model, equinox.here, layout)
+    state = load_optimizer_state(saved, params, rule, layout, count=count)
+    anew = make(torch, there.named_parameters())
+    anew.load_state_dict(optimizer_state_dict(state, params, rule, layout, like=anew))
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.sin(p) if isinstance(p, jax.Array) else p, params)
+        params, state = rule.apply(grads, state, params)
+    train_there(optimizer)
+    assert distance(params, load_model_state(there.state_dict(), params, layout)) < BOUND
+    there.load_state_dict(model)
+    train_there(anew)
+    assert distance(params, load_model_state(there.state_dict(), params, layout)) < BOUND
+
+
+def test_a_bias_that_is_factored(torch, equinox):
+    optimizer = torch.optim.Adafactor(equinox.there.named_parameters())
+    for p in equinox.there.parameters():
+        p.grad = torch.sin(p.detach())
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'conv1.bias' has variance, not .* views=\[\(excluding\('conv1/bias'\)"):
+        load_optimizer_state(optimizer.state_dict(), equinox.here, jr.adafactor_pytorch(), equinox.layout)
+
+
+@pytest.mark.parametrize(
+    ("axes", "theirs", "ours"),
+    [
+        pytest.param(Axes((0, 1, 2), split={0: (-1, 1, 1)}), (4,), (4, 1, 1), id="bias of a convolution"),
+        pytest.param(Axes((0, 1), split={0: (-1, 1)}), (1,), (1, 1), id="of one channel"),
+        pytest.param(Axes((0, 1), split={0: (-1, 1)}), (0,), (0, 1), id="of none"),
+        pytest.param(Axes((2, 0, 1), split={0: (2, -1)}), (6, 5), (5, 2, 3), id="heads"),
+        pytest.param(Axes((2, 3, 1, 0), split={1: (4, 2, 3)}), (5, 24), (24, 5), id="flattened"),
+        pytest.param(Axes((0,), split={0: (1,)}), (1,), (), id="a number"),
+    ],
+)
+def test_axes_there_and_back(axes, theirs, ours):
+    x = np.arange(np.prod(theirs, dtype=int)).reshape(theirs)
+    here = axes.to_ours(x, ours)
+    assert here.shape == ours
+    np.testing.assert_array_equal(axes.to_theirs(here), x)
+
+
+def test_axes_that_do_not_fit():
+    heads = Axes((2, 0, 1), split={0: (2, 3)})
+    with pytest.raises(ValueError, match=r"gives shape \(5, 2, 3\), which does not fit \(5, 3, 2\)"):
+        heads.to_ours(np.zeros((6, 5)), (5, 3, 2))
+    with pytest.raises(ValueError, match=r"splits axis 0 into \(2, 3\), and its size is 8"):
+        heads.to_ours(np.zeros((8, 5)), (5, 2, 3))
+    with pytest.raises(ValueError, match=r"fits shape \(5, 3, 2\) in no way"):
+        heads.to_theirs(np.zeros((5, 3, 2)))
+    with pytest.raises(ValueError, match=r"fits shape \(24, 4\) in more than one way: give all sizes of the split"):
+        Axes((2, 3, 1, 0), split={1: (4, 2, -1)}).to_theirs(np.zeros((24, 4)))
+    with pytest.raises(ValueError, match=r"'head/kernel' has shape \(6, 2\) here, which the layout does not move"):
+        model_state_dict(like_flax(), LAYOUT.also(axes={"head/kernel": (1, 0, 2)}))
 
 
 def test_names():
@@ -744,7 +925,7 @@ def with_another_step() -> Any:
         (lambda: [saved_of(ADAMW)] * 2, {}, "two parameters of the optimizers are named 'embed.weight'"),
         (lambda: saved_of(ADAMW), {"count": 3}, "count is 3, and the state_dict has finished 50 updates"),
         (lambda: saved_of(ADAMW), {"hyperparams": "old"}, "hyperparams is 'saved' or 'new', not 'old'"),
-        (with_another_step, {}, "one clock .* 'features.0.weight' had 43, the others 50"),
+        (with_another_step, {}, r"'features.0.weight' had 43, the others 50; make them groups.* partition\("),
         (lambda: {"state": {}}, {}, r"optimizer.state_dict\(\)"),
         (
             lambda: {"state": {}, "param_groups": [{"lr": 0.1, "rho": 0.9, "params": []}]},
@@ -756,6 +937,39 @@ def with_another_step() -> Any:
 def test_a_state_dict_that_does_not_fit(saved, keywords, says):
     with pytest.raises(ValueError, match=says):
         load_optimizer_state(saved(), like_flax(), jr.adamw(), LAYOUT, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda model, like: load_model_state(model, like), "load_model_state takes module.state_dict(), not a Linear"),
+        (lambda model, like: load_model_state(None, like), "load_model_state takes module.state_dict(), not None"),
+        (
+            lambda model, like: model_state_dict(like, like=model),
+            "model_state_dict takes like=module.state_dict(), not a Linear",
+        ),
+        (
+            lambda model, like: load_optimizer_state(optimizer_of(model), like, jr.adamw()),
+            "load_optimizer_state takes optimizer.state_dict(), not an AdamW",
+        ),
+        (
+            lambda model, like: load_optimizer_state([optimizer_of(model)], like, jr.adamw()),
+            "load_optimizer_state takes optimizer.state_dict(), not an AdamW",
+        ),
+        (
+            lambda model, like: optimizer_state_dict(jr.adamw().init(like), like, jr.adamw(), like=None),
+            "optimizer_state_dict takes like=optimizer, or its state_dict(), not None",
+        ),
+    ],
+)
+def test_what_is_no_state_dict(torch, use, says):
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=f"^{re.escape(says)}$"):
+        use(model, {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)})
+
+
+def optimizer_of(model: Any) -> Any:
+    return import_module("torch").optim.AdamW(model.named_parameters())
 
 
 def test_a_clock_that_is_not_saved():
@@ -783,6 +997,7 @@ def test_a_clock_that_is_not_saved():
             r"\(2, 6\) in PyTorch, moved by Axes\(.*of 'head/kernel' it has shape",
         ),
         (LAYOUT.also(axes={"head/kernel": (1, 0, 2)}), "'head.weight' has shape"),
+        (Layout(names=NAMES, ends=FLAX.ends), r"also\(axes={'conv/kernel': \(2, 3, 1, 0\)}\)"),
         (LAYOUT.also(names={"tail": "head"}), "names has 'tail', with which no path begins"),
         (LAYOUT.also(names={"head": "hidden"}), "both 'head/bias' and 'hidden/bias' are named 'hidden.bias'"),
         (LAYOUT.also(axes={"*/weights": (1, 0)}), r"\*/weights' matches none of"),
@@ -792,6 +1007,15 @@ def test_a_layout_that_does_not_fit(layout, says):
     there = run_there(ADAMW)[50]
     with pytest.raises(ValueError, match=says):
         load_model_state(there.model, like_flax(), layout, strict=False)
+
+
+def test_a_bias_that_has_more_axes_there_too():
+    saved, params = {"norm.bias": np.ones((4, 1))}, {"norm": {"bias": jnp.zeros((4, 1))}}
+    with pytest.raises(ValueError, match=r"also\(axes={'norm/bias': \(0, 1\)}\)"):
+        load_model_state(saved, params, EQUINOX)
+    assert load_model_state(saved, params, EQUINOX.also(axes={"norm/bias": (0, 1)}))["norm"]["bias"].shape == (4, 1)
+    with pytest.raises(ValueError, match=r"also\(axes={'bias': Axes\(\(0, 1, 2\), split={0: \(-1, 1, 1\)}\)}\)"):
+        load_model_state({"bias": np.ones(4)}, {"bias": jnp.zeros((4, 1, 1))}, SAME)
 
 
 def test_what_is_left_over():
@@ -820,6 +1044,9 @@ def test_the_way_back_of_groups_that_are_one_there():
     [
         (lambda: Axes((1, 2)), "order names each axis there once"),
         (lambda: Axes((1, 0), flip=(2,)), "flip names axes here, from 0 to 1"),
+        (lambda: Axes((1, 0), split={1: (2, 3)}), "makes 2 axes, those of order, of 1 there, and names another"),
+        (lambda: Axes((2, 1, 0), split={0: (-1, -1)}), "of which one may be -1"),
+        (lambda: Axes((1, 0), split={0: (-2, 3)}), "of which one may be -1"),
         (lambda: Layout(names=3), "names is a dict"),
         (lambda: Layout(axes={3: (1, 0)}), "Layout: axes takes a pattern"),
         (lambda: FLAX.also(names={"a": "b"}).also(names=str.upper), "do not go together"),

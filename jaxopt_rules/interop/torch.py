@@ -305,13 +305,13 @@ SAME = Layout()
 EQUINOX = Layout(
     axes=[(_ConvolutionBias(n), Axes((*range(n),), split={0: (-1, *[1] * (n - 1))})) for n in (2, 3, 4)],
 )
-"""The layers of Equinox: names and axes of PyTorch, but for a convolution's `bias`, (out, 1, 1) where PyTorch's is (out,).
+"""The layers of Equinox, which are PyTorch's but for a convolution's `bias`: (out, 1, 1) where PyTorch has (out,).
 
 A `ConvTranspose2d` does not turn the filter round and has its channels as (out, in): `axes` say for its weight
 `Axes((1, 0, 2, 3), flip=(2, 3))`. The layers of a `Sequential` are in `layers/0`, where PyTorch's are `0`:
 `names={"layers": ""}`. Attention and recurrent cells keep other arrays than PyTorch's. To a rule the bias of a
-convolution is an array with more than one axis: what is chosen by that, as Adafactor's `views="last"`, leaves it out by
-`excluding("**/bias")`.
+convolution is an array with more than one axis: what is chosen by that, as by `by_ndim(least=2)` or Adafactor's
+`views="last"`, is to leave it out: `excluding(...)`.
 """
 
 FLAX = Layout(
@@ -349,7 +349,7 @@ class _Matched(NamedTuple):
             raise ValueError(
                 f"{what} of {self.names[k]!r} has shape {there.shape} in PyTorch{became}; of {quoted(self.paths[k])} "
                 f"it has shape {shape} here; say in the layout how the axes are moved: also(axes={{'{self.paths[k]}': "
-                f"{_example(there.ndim, shape)}}}), or what it is called: also(names=...)"
+                f"{_example(there.shape, shape)}}}), or what it is called: also(names=...)"
             )
         return moved
 
@@ -368,12 +368,14 @@ class _Matched(NamedTuple):
             ) from error
 
 
-def _example(ndim: int, shape: tuple[int, ...]) -> str:
-    """What a layout may say of an array with so many axes there, of this shape here."""
-    if ndim == len(shape) > 1:
-        return str((*range(2, ndim), 1, 0))
-    if ndim == 1 < len(shape) and set(shape[1:]) == {1}:
-        return f"Axes({tuple(range(len(shape)))}, split={{0: {(-1, *shape[1:])}}})"
+def _example(there: tuple[int, ...], here: tuple[int, ...]) -> str:
+    """What a layout may say of an array of these shapes."""
+    if there == here:
+        return str((*range(len(here)),))
+    if len(there) == len(here) > 1:
+        return str((*range(2, len(here)), 1, 0))
+    if len(there) == 1 < len(here) and set(here[1:]) == {1}:
+        return f"Axes({(*range(len(here)),)}, split={{0: {(-1, *here[1:])}}})"
     return "Axes(order, split={axis: sizes})"
 
 
@@ -967,7 +969,8 @@ def load_optimizer_state(
 
     PyTorch counts the updates of each parameter, and here each formula has a count: parameters that did not begin
     together, since they were frozen at first, are groups of a `partition`. What goes by the run and not by its
-    parameters, such as a schedule of the learning rate, goes on at the largest of the counts.
+    parameters, such as a schedule of the learning rate, goes on at the largest of the counts; but a schedule in a
+    formula that itself goes by the count, which are Adafactor's step and the betas of Adam, at that of its group.
 
     Args:
       state_dict: `optimizer.state_dict()`, also one that was saved; or several, of optimizers that share the
@@ -1029,9 +1032,9 @@ def _clock_of(meeting: _Meeting, family: Family, clock: int) -> int:
         most = max(steps, key=lambda step: len(steps[step]))
         others = ", ".join(f"{_listed(found)} had {step}" for step, found in steps.items() if step != most)
         raise ValueError(
-            f"{meeting.rule!r} has one count for parameters that had different numbers of updates in PyTorch: {others}, "
-            f"the others {most}; make them groups, which have one each: partition({{...}}, by=...), or, where bias "
-            "correction has become 1, give them one `step` in the state_dict"
+            f"{meeting.rule!r} has one count for parameters that had different numbers of updates in PyTorch: "
+            f"{others}, the others {most}; make them groups, which have one each: partition({{...}}, by=...); or, "
+            "where bias correction no longer matters, give all of them the same `step` in the state_dict"
         )
     # As in PyTorch, what never had a gradient begins with the first.
     return next(iter(steps), 0)
