@@ -395,7 +395,7 @@ def state_dict(state: Any) -> dict[str, np.ndarray]:
     groups and of named chain members, the family, the field and the path of the parameter. They do not change when
     clipping is put in front, a number becomes a schedule, or `accumulate` is put around. Typed PRNG keys are saved as
     their numbers, states of other libraries under their positions. `numpy.savez` keeps the types that NumPy knows, and
-    bfloat16; for others, such as float8, take safetensors.
+    bfloat16; for others, such as float8, take Orbax.
     """
     return {name: np.array(x, order="C") for name, x in named_leaves(state).items()}
 
@@ -427,8 +427,8 @@ def _lost(name: str, dtype: str) -> str:
 
 
 _LOST = (
-    " (files of NumPy keep only the bytes of types that it does not know; safetensors and Orbax keep the type, and "
-    "saved[{!r}].view(dtype) gives it back)"
+    " (files of NumPy keep only the bytes of types that it does not know; saved[{!r}].view(dtype) gives the type back, "
+    "and Orbax keeps it)"
 )
 
 

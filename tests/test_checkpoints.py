@@ -145,10 +145,12 @@ def test_names_with_all_sorts_of_characters(orbax, files, tmp_path):
 
 
 def test_numbers_and_numpy_arrays_stay_what_they_are(orbax, tmp_path):
-    data = {"position": 2**40, "epoch": 3, "order": np.arange(4), "done": True}
+    data = {"position": 2**40, "epoch": 3, "order": np.arange(4), "done": True, "pole": 1 + 2j}
+    born = dict.fromkeys(data, 0) | {"order": np.zeros(4, int), "done": False, "pole": 0j}
     with orbax.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(0, data=data)
-        restored = checkpoints.restore(data=dict.fromkeys(data, 0) | {"order": np.zeros(4, int), "done": False})
+        checkpoints.save(0, data=data, flag=np.True_)
+        restored = checkpoints.restore(data=born)
+        assert checkpoints.restore(flag=np.False_).trees["flag"]
     chex.assert_trees_all_equal(restored.trees["data"], data)
     assert {name: type(x) for name, x in restored.trees["data"].items()} == {k: type(x) for k, x in data.items()}
 
@@ -160,6 +162,25 @@ def test_what_is_no_array_is_named(orbax, files, tmp_path):
     with orbax.Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(TypeError, match=r"'layer\.activation'"):
         checkpoints.save(0, model=tree)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "x", [2**70, np.array(["text"]), np.array([None]), np.zeros(2, "M8[s]"), np.ones(2, jnp.uint2)]
+)
+def test_what_orbax_cannot_hold_is_named(orbax, tmp_path, x):
+    """And before Orbax is asked, which begins to write and then keeps the process from its end for minutes."""
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(TypeError, match=r"Orbax cannot save 'b\.x' of data, which is of dtype "):
+            checkpoints.save(0, data={"a": jnp.ones(2), "b": {"x": x}})
+        assert not list(tmp_path.iterdir())
+        assert checkpoints.save(0, data={"a": jnp.ones(2)})
+
+
+def test_types_that_numpy_does_not_know(orbax, tmp_path):
+    tree = {name: jnp.ones(2, name) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4")}
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, tree=tree)
+        assert_same(jr.load_state_dict(tree, checkpoints.load()["tree"])[0], tree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,10 +232,20 @@ def test_parts_of_a_checkpoint(orbax, tmp_path):
         _, restored, reports = checkpoints.restore(state=slots, strict=False)
         with pytest.raises(ValueError, match=r"1, state: the saved state does not fit: add_noise\.count is unexpected"):
             checkpoints.restore(state=slots)
-        with pytest.raises(ValueError, match=r"ema: the saved state does not fit: .* is missing"):
-            checkpoints.restore(ema=PARAMS)
     assert_same(restored["state"].m, state[2][0].m)
     assert not reports["state"].missing
+
+
+def test_a_tree_that_is_not_there_is_named(orbax, tmp_path):
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params=PARAMS, state=())
+        with pytest.raises(ValueError, match=r"/1 has no tree 'parms'; the trees in it are: 'params', 'state'$"):
+            checkpoints.restore(parms=PARAMS, state=())
+        with pytest.raises(ValueError, match=r"has no tree 'parms' and no tree 'ema'; "):
+            checkpoints.restore(parms=PARAMS, params=PARAMS, ema=PARAMS)
+        _, restored, reports = checkpoints.restore(params=GRADS, ema=GRADS, state=(), strict=False)
+    assert_same(restored, {"params": PARAMS, "ema": GRADS, "state": ()})
+    assert reports["ema"].missing == ("b", "w")
 
 
 def test_a_hook_more_and_a_number_in_place_of_a_schedule(orbax, tmp_path):
@@ -381,6 +412,108 @@ def test_a_step_that_is_there_is_not_overwritten(orbax, tmp_path):
         checkpoints.manager.delete(6)
         checkpoints.save(6, params=GRADS)
         assert_same(checkpoints.restore(params=PARAMS).trees["params"], GRADS)
+
+
+def test_what_another_manager_saved_is_not_overwritten(orbax, tmp_path):
+    """Two of one directory, as of two processes: each has a list of its own of what is there."""
+    with orbax.Checkpoints(tmp_path, keep=3) as one, orbax.Checkpoints(tmp_path, keep=3) as other:
+        one.save(1, params=PARAMS)
+        one.wait()
+        assert (other.latest_step, other.restore(params=GRADS).step) == (1, 1)
+        one.save(5, params=PARAMS)
+        one.wait()
+        assert other.steps == [1, 5]
+        for step in (5, 3):
+            with pytest.raises(ValueError, match=rf"has a checkpoint of step 5, so that step {step} cannot be saved"):
+                other.save(step, params=GRADS)
+        assert_same(other.restore(params=GRADS).trees["params"], PARAMS)
+        for step, checkpoints in ((6, other), (7, one), (8, other)):
+            assert checkpoints.save(step, params=GRADS)
+            checkpoints.wait()
+        assert one.steps == other.steps == [6, 7, 8]
+        other.manager.delete(8)
+        assert one.save(8, params=PARAMS)
+        assert_same(one.restore(params=GRADS).trees["params"], PARAMS)
+
+
+def test_a_step_that_is_still_being_written_is_not_overwritten(orbax, tmp_path):
+    with orbax.Checkpoints(tmp_path, save_interval_steps=2) as checkpoints:
+        assert [checkpoints.save(step, params=PARAMS) for step in range(4)] == [True, False, True, False]
+        with pytest.raises(ValueError, match="has a checkpoint of step 2, so that step 2 cannot be saved"):
+            checkpoints.save(2, params=GRADS)
+        assert checkpoints.steps == [0, 2]
+        assert_same(checkpoints.restore(params=GRADS).trees["params"], PARAMS)
+
+
+def test_a_directory_that_is_removed_meanwhile(orbax, tmp_path):
+    with orbax.Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(5, params=PARAMS)
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+            checkpoints.restore(params=PARAMS)
+        assert checkpoints.latest_step is None
+        assert checkpoints.save(5, params=PARAMS)
+        assert checkpoints.restore(params=GRADS).step == 5
+
+
+def test_what_is_deleted_while_it_is_listed_is_no_error(orbax, tmp_path, monkeypatch):
+    with orbax.Checkpoints(tmp_path) as one, orbax.Checkpoints(tmp_path) as other:
+        for step in (1, 2):
+            one.save(step, params=PARAMS)
+        one.wait()
+        reload, seen = other.manager.reload, []
+
+        def reload_while_one_is_deleted():
+            seen.append(len(seen))
+            if len(seen) == 1:
+                shutil.rmtree(tmp_path / "1")
+                raise FileNotFoundError(tmp_path / "1")
+            reload()
+
+        monkeypatch.setattr(other.manager, "reload", reload_while_one_is_deleted)
+        assert other.restore(params=GRADS).step == 2
+        assert seen == [0, 1]
+        assert other.steps == [2]
+
+
+def test_names_of_steps(orbax, tmp_path):
+    with orbax.Checkpoints(tmp_path, step_prefix="at", step_format_fixed_length=4) as checkpoints:
+        checkpoints.save(np.int64(7), params=PARAMS)
+        with pytest.raises(ValueError, match=r"/at_0007 has no tree 'ema'"):
+            checkpoints.restore(jnp.int32(7), ema=PARAMS)
+        assert checkpoints.steps == [7]
+
+
+@pytest.mark.parametrize(
+    ("step", "trees", "error", "match"),
+    [
+        (1, {}, ValueError, r"save\(1\) is given no tree; name what is to be saved: save\(1, params=params\)"),
+        (-1, {"params": PARAMS}, ValueError, "a step is at least 0, not -1"),
+        (1.5, {"params": PARAMS}, TypeError, "'float' object cannot be interpreted as an integer"),
+    ],
+)
+def test_what_cannot_be_saved_leaves_no_trace(orbax, tmp_path, step, trees, error, match):
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(error, match=match):
+            checkpoints.save(step, **trees)
+        assert not list(tmp_path.iterdir())
+        assert checkpoints.save(1, params=PARAMS)
+
+
+def test_what_is_closed_says_so(orbax, tmp_path):
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params=PARAMS)
+    checkpoints.close()
+    for use in (
+        lambda: checkpoints.save(2, params=PARAMS),
+        lambda: checkpoints.restore(params=PARAMS),
+        checkpoints.load,
+    ):
+        with pytest.raises(ValueError, match=r"these checkpoints, of .*, are closed: open them again"):
+            use()
+    assert (checkpoints.latest_step, checkpoints.steps) == (1, [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize("damage", [cut, emptied, foreign])

@@ -550,6 +550,44 @@ def test_a_state_through_a_file():
         assert same(loaded, state)
 
 
+def lost(saved, wanted):
+    """Whether an array of this type, through a file of NumPy, is refused as one of the wanted type."""
+    like = {"w": jnp.zeros(2, wanted)}
+    arrays = through_a_file(state_dict({"w": jnp.ones(2, saved)}))
+    loaded, report = load_state_dict(like, arrays, strict=False)
+    assert loaded["w"].dtype == wanted
+    if not report.problems:
+        assert (loaded["w"] == 1).all()
+        return False
+    assert (loaded["w"] == 0).all()
+    assert report.retyped == (("w", str(arrays["w"].dtype), wanted),)
+    with pytest.raises(ValueError, match=rf"w is of type \|V[12], not {wanted} \(.* and Orbax keeps it"):
+        load_state_dict(like, arrays)
+    assert same(
+        load_state_dict({"w": jnp.ones(2, saved)}, {"w": arrays["w"].view(saved)})[0], {"w": jnp.ones(2, saved)}
+    )
+    return True
+
+
+@pytest.mark.parametrize("wanted", ["float16", "int16", "uint16", "float32", "int8", "float8_e5m2"])
+def test_bfloat16_through_a_file_is_read_as_nothing_else(wanted):
+    assert not lost("bfloat16", "bfloat16")
+    assert lost("bfloat16", wanted)
+
+
+@pytest.mark.parametrize("wanted", ["float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool", "int4", "bfloat16"])
+@pytest.mark.parametrize("saved", ["float8_e4m3fn", "int4"])
+def test_types_of_one_byte_through_a_file_are_not_guessed(saved, wanted):
+    """Nor is the right one, which cannot be told from the others."""
+    assert lost(saved, wanted)
+
+
+def test_records_of_two_bytes_are_not_bfloat16():
+    saved = {"w": np.zeros(2, [("a", np.int8), ("b", np.int8)])}
+    with pytest.raises(ValueError, match="the saved state does not fit: w is of type"):
+        load_state_dict({"w": jnp.zeros(2, jnp.bfloat16)}, saved)
+
+
 def test_a_state_goes_on_behind_other_hooks_and_wrappers():
     saved = state_dict(trained(jr.adamw(jr.Constant(0.1))))
     rule = wrap(jr.chain(jr.clip_grad(1.0), jr.adamw(0.2)))

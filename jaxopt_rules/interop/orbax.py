@@ -138,9 +138,8 @@ class Checkpoints:
         known = self.manager.latest_step()
         if (known is None or known < step) and not self.manager.should_save(step):
             return False
-        # The manager writes over what it does not know of, and would forget what it is still writing.
-        self.manager.wait_until_finished()
-        self.manager.reload()
+        # The manager writes over what it does not know of.
+        self._reload()
         latest = self.manager.latest_step()
         if latest is not None and step <= latest:
             raise ValueError(
@@ -219,12 +218,25 @@ class Checkpoints:
         if self._closed:
             raise ValueError(f"these checkpoints, of {self.manager.directory}, are closed: open them again")
 
+    def _reload(self) -> None:
+        """Has the manager know of all that is in the directory, whoever saved it."""
+        self.manager.wait_until_finished()  # it would forget what it is still writing
+        # To open each of them takes a millisecond and more, and seldom has anyone else written. Processes of one run
+        # may read together, so that all or none of them must.
+        known = (
+            {self._names.build_name(step) for step in self.manager.all_steps()} if jax.process_count() == 1 else None
+        )
+        for _ in range(3):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted since it was listed
+                return None if known == set(os.listdir(self.manager.directory)) else self.manager.reload()
+        return self.manager.reload()
+
     def _found(self, step: int | None) -> tuple[int, Path, dict[str, dict[str, Any]]]:
         """The step, the directory of its checkpoint, and what is in it: shapes and dtypes."""
         self._check_open()
-        self.manager.wait_until_finished()
-        self.manager.reload()
-        steps, directory = self.steps, Path(self.manager.directory)
+        self._reload()
+        steps: list[int] = sorted(self.manager.all_steps())
+        directory = Path(self.manager.directory)
         if not steps:
             raise FileNotFoundError(f"there is no checkpoint in {directory}")
         step = steps[-1] if step is None else operator.index(step)
