@@ -129,45 +129,48 @@ class _Settings:
 
 
 def _step(
-    program: _Settings,
+    settings: _Settings,
     leaves: list[Array],
     datas: list[Array],
     grads: list[Array],
     rest: list[Any],
     extra: dict[str, Any],
 ) -> tuple[list[Array], list[Array], list[Array] | None]:
-    state = jax.tree.unflatten(program.treedef, leaves)
-    absent: dict[str, Any] = dict.fromkeys(program.known)
-    values = absent | dict(zip(program.present, datas, strict=True))
-    gradients = absent | dict(zip(program.present, grads, strict=True))
+    state = jax.tree.unflatten(settings.treedef, leaves)
+    absent: dict[str, Any] = dict.fromkeys(settings.known)
+    values = absent | dict(zip(settings.present, datas, strict=True))
+    gradients = absent | dict(zip(settings.present, grads, strict=True))
     extra = extra | {
-        name: functools.partial(f.at, rest) if isinstance(f, _LOSSES) else f for name, f in program.functions
+        name: functools.partial(f.at, rest) if isinstance(f, _LOSSES) else f for name, f in settings.functions
     }
     entries = hyperparameter_entries(state["rule"])
     new_values = {
         entries[name].address: scheduled(entries[name].key, schedule, entries[name].family.state.count)
-        for name, schedule in program.schedules
+        for name, schedule in settings.schedules
     }
     rule_state = replace_hyperparameters(state["rule"], new_values)
     hook_states = list(state["hook"])
-    for i, hook in enumerate(program.hooks, program.first):
+    for i, hook in enumerate(settings.hooks, settings.first):
         gradients, hook_states[i] = hook.update(gradients, hook_states[i], values, **extra_for(hook, extra))
-    values, rule_state = program.rule.apply(gradients, rule_state, values, **extra_for(program.rule, extra))
+    values, rule_state = settings.rule.apply(gradients, rule_state, values, **extra_for(settings.rule, extra))
     hooked = None
-    if program.hooks:
+    if settings.hooks:
         hooked = [
             g if gradients[key] is None else gradients[key].astype(g.dtype)
-            for key, g in zip(program.present, grads, strict=True)
+            for key, g in zip(settings.present, grads, strict=True)
         ]
     new, treedef = jax.tree.flatten({"hook": tuple(hook_states), "rule": rule_state})
-    if treedef != program.treedef:
-        raise TypeError(f"{program.rule!r} returned a state of another structure than it was given")
-    return new, [values[key] for key in program.present], hooked
+    if treedef != settings.treedef:
+        raise TypeError(f"{settings.rule!r} returned a state of another structure than it was given")
+    return new, [values[key] for key in settings.present], hooked
 
 
 def _new_program(settings: _Settings, donate: bool) -> Callable[..., Any]:
+    def optimizer_update(*arguments: Any) -> tuple[list[Array], list[Array], list[Array] | None]:
+        return _step(settings, *arguments)
+
     # State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
-    return jax.jit(functools.partial(_step, settings), donate_argnums=(0, 1) if donate else 0)
+    return jax.jit(optimizer_update, donate_argnums=(0, 1) if donate else 0)
 
 
 # Equal settings have one program, whichever optimizers they are of. Functions may hold on to data, and are not in it.

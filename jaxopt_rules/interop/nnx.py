@@ -221,7 +221,7 @@ def _as_variables(born: Any, parameters: Mapping[str, Any]) -> Any:
         parameter = parameters.get(path)
         metadata: dict[str, Any] = {}
         if parameter is not None and x.shape == value(parameter).shape:
-            metadata = {name: x for name, x in parameter.get_metadata().items() if name not in _HOOKS}
+            metadata = {key: entry for key, entry in parameter.get_metadata().items() if key not in _HOOKS}
             if "optimizer_sharding" in metadata:
                 metadata["out_sharding"] = metadata.pop("optimizer_sharding")
         return OptState(x, **metadata)
@@ -290,7 +290,7 @@ class _Settings:
 
 
 def _step(
-    program: _Settings,
+    settings: _Settings,
     slots: list[Any],
     values: list[Any],
     grads: list[Any],
@@ -298,22 +298,25 @@ def _step(
     extra: dict[str, Any],
 ) -> tuple[list[Any], list[Any]]:
     functions = {
-        name: functools.partial(f.at, rest) if isinstance(f, LossOfModule) else f for name, f in program.functions
+        name: functools.partial(f.at, rest) if isinstance(f, LossOfModule) else f for name, f in settings.functions
     }
-    params = dict(zip(program.paths, values, strict=True))
-    gradients: dict[str, Any] = dict.fromkeys(program.paths)
-    gradients |= {program.paths[k]: g for k, g in zip(program.present, grads, strict=True)}
-    before = jax.tree.unflatten(program.structure, slots)
-    params, after = program.rule.apply(gradients, before, params, **extra, **functions)
+    params = dict(zip(settings.paths, values, strict=True))
+    gradients: dict[str, Any] = dict.fromkeys(settings.paths)
+    gradients |= {settings.paths[k]: g for k, g in zip(settings.present, grads, strict=True)}
+    before = jax.tree.unflatten(settings.structure, slots)
+    params, after = settings.rule.apply(gradients, before, params, **extra, **functions)
     leaves, structure = jax.tree.flatten(after)
-    if structure != program.structure:
-        raise TypeError(f"{program.rule!r} returned a state of another structure than it was given")
-    return leaves, [params[path] for path in program.paths]
+    if structure != settings.structure:
+        raise TypeError(f"{settings.rule!r} returned a state of another structure than it was given")
+    return leaves, [params[path] for path in settings.paths]
 
 
 def _new_program(settings: _Settings, donate: bool) -> Callable[..., Any]:
+    def optimizer_update(*arguments: Any) -> tuple[list[Any], list[Any]]:
+        return _step(settings, *arguments)
+
     # State leaves come first among arguments and results alike, so that XLA reuses each donated buffer in its place.
-    return jax.jit(functools.partial(_step, settings), donate_argnums=0 if donate else ())
+    return jax.jit(optimizer_update, donate_argnums=0 if donate else ())
 
 
 # Equal settings have one program, whichever optimizers they are of. Functions may hold on to data, and are not in it,
