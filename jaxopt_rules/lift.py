@@ -63,8 +63,8 @@ def _prng_key(key: Any) -> Array:
     seed = isinstance(key, jax.Array | np.integer) and key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
     if seed or (isinstance(key, int) and not isinstance(key, bool)):
         return jax.random.key(key)
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    if trees.is_key(key) and key.shape == ():
+        return trees.own(key)
     raise TypeError(f"a key is a seed (an integer) or a typed key, jax.random.key(0), not {key!r}")
 
 

@@ -10,10 +10,9 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeGuard, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -191,10 +190,6 @@ class Written:
         return f"{self.constructor.__name__}({', '.join(shown)})"
 
 
-def _is_prng_key(value: Any) -> TypeGuard[jax.Array]:
-    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
 def _hashable(value: Any) -> Any:
     """A stand-in for an argument that compares and hashes by value. Traced arrays have none and raise."""
     if isinstance(value, Mapping):
@@ -203,7 +198,7 @@ def _hashable(value: Any) -> Any:
         return tuple(_hashable(item) for item in value)
     if isinstance(value, Tracer):
         raise TypeError("a rule with a traced hyperparameter cannot be compared or hashed")
-    if _is_prng_key(value):
+    if trees.is_key(value):
         return str(value.dtype), _hashable(jax.random.key_data(value))
     if isinstance(value, jax.Array | np.ndarray):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
@@ -220,7 +215,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, Tracer) and _is_prng_key(value):
+    if not isinstance(value, Tracer) and trees.is_key(value):
         return f"wrap_key_data({jax.random.key_data(value).tolist()})"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         return str(value.item()) if np.ndim(value) == 0 else repr(value)

@@ -1,7 +1,7 @@
 """How the library reads pytrees: which leaves take part, what they are called, and how two trees are matched."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -168,9 +168,14 @@ def binding(x: Any) -> jax.sharding.Sharding | None:
     return x.sharding if getattr(x, "committed", isinstance(x, jax.ShapeDtypeStruct)) else None
 
 
+def is_key(x: Any) -> TypeGuard[jax.Array]:
+    """Whether `x` is an array of typed PRNG keys."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def own(x: Any) -> jax.Array:
     """A strong-typed copy of an array or of a typed PRNG key."""
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         return jax.random.wrap_key_data(jnp.array(jax.random.key_data(x)), impl=jax.random.key_impl(x))
     return jnp.array(x, jnp.result_type(x))
 

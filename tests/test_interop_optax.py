@@ -151,7 +151,9 @@ def test_under_lookahead():
 
 
 def test_equality_hash_pickle_and_text():
-    make = lambda rate: to_optax(jr.chain(jr.clip_grad(1.0), jr.adamw(rate)))  # noqa: E731
+    def make(rate):
+        return to_optax(jr.chain(jr.clip_grad(1.0), jr.adamw(rate)))
+
     tx = make(0.1)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert tx == make(0.1) == pickle.loads(pickle.dumps(tx))

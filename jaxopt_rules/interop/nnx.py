@@ -104,6 +104,8 @@ class Optimizer(nnx.Pytree):
           ValueError: gradients and parameters are not at the same paths, or two shapes differ; names them.
           TypeError: an extra argument is unknown.
         """
+        if isinstance(model, nnx.State):
+            raise TypeError("update takes the model first, and then the gradients: update(model, grads)")
         listing = variables.listing(model, self.wrt)
         gs = _gradients(grads, self.wrt, listing)
         slots = _slots(self)
@@ -113,8 +115,6 @@ class Optimizer(nnx.Pytree):
             check_extra(repr(self.rule), accepts, extra)
             # What every rule ignores must not count: a new `value_fn` each time would compile each time.
             extra = {name: x for name, x in extra.items() if accepts is None or name in accepts}
-        if isinstance(model, nnx.State):
-            raise TypeError("update takes the model first, and then the gradients: update(model, grads)")
         if "value_fn" in extra:
             own = {name: name for name in listing.by_path}
             loss, rest = variables.loss_of_module(extra.pop("value_fn"), model, own)

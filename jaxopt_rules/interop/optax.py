@@ -199,11 +199,7 @@ def _seen(x: Any, p: Any) -> Any:
 
 
 def _as_before(old: Any, new: Any) -> Any:
-    return new if _is_key(new) else jnp.asarray(new, jnp.result_type(old))
-
-
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return new if trees.is_key(new) else jnp.asarray(new, jnp.result_type(old))
 
 
 @dataclass(frozen=True, eq=False)
