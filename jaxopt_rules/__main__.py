@@ -154,12 +154,12 @@ def _conformance(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from jaxopt_rules.experiments import compare
+    from jaxopt_rules.experiments import documented
 
     if (args.data is None) != (args.target is None):
         raise UserError("--data and --target go together: the file, and its column to predict")
     dataset = digits(args.seed) if args.data is None else read_csv(args.data, args.target, args.seed)
-    compare.run(dataset, args.optimizers, args.steps, args.seed, args.out)
+    documented.run(dataset, args.optimizers, args.steps, args.seed, args.out)
     return 0
 
 

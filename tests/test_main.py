@@ -15,8 +15,9 @@ from sklearn.datasets import load_diabetes, load_wine
 
 from jaxopt_rules import experiments
 from jaxopt_rules.__main__ import main
-from jaxopt_rules.experiments import compare
+from jaxopt_rules.experiments import documented
 from jaxopt_rules.experiments.data import UserError, digits, read_csv
+from jaxopt_rules.experiments.plots import running_mean
 
 PARAMETERS = 64 * 64 + 64 + 64 * 10 + 10  # of the model for digits
 
@@ -109,7 +110,7 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "train", interrupted)
+    monkeypatch.setattr(documented, "train", interrupted)
     assert main(["compare", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -126,24 +127,24 @@ def test_the_seed_determines_all_but_the_times(tmp_path, capsys):
 
 
 def test_all_see_the_same_weights_and_batches():
-    results = compare.compare(digits(0), ["sgd", "adamw"], steps=3, seed=0)
+    results = documented.compare(digits(0), ["sgd", "adamw"], steps=3, seed=0)
     assert len({result.losses[0] for result in results}) == 1
     assert len({result.losses[2] for result in results}) == 4
 
 
 def test_batches():
-    drawn = list(compare.batches(100, 7, seed=0))
+    drawn = list(documented.batches(100, 7, seed=0))
     assert [len(batch) for batch in drawn] == [32] * 7
     for i in (0, 3):
         assert len(set(np.concatenate(drawn[i : i + 3]))) == 96
     assert not np.array_equal(drawn[0], drawn[3])
-    np.testing.assert_array_equal(drawn, list(compare.batches(100, 7, seed=0)))
-    assert [sorted(batch) for batch in compare.batches(5, 2, seed=0)] == [list(range(5))] * 2
+    np.testing.assert_array_equal(drawn, list(documented.batches(100, 7, seed=0)))
+    assert [sorted(batch) for batch in documented.batches(5, 2, seed=0)] == [list(range(5))] * 2
 
 
 def test_running_mean():
-    np.testing.assert_allclose(compare.running_mean(np.array([4.0, 2.0, 6.0, 8.0]), 2), [4, 3, 4, 7])
-    np.testing.assert_allclose(compare.running_mean(np.array([4.0]), 1), [4])
+    np.testing.assert_allclose(running_mean(np.array([4.0, 2.0, 6.0, 8.0]), 2), [4, 3, 4, 7])
+    np.testing.assert_allclose(running_mean(np.array([4.0]), 1), [4])
 
 
 def test_one_step_is_compilation_and_has_no_time(tmp_path, capsys):
@@ -362,8 +363,8 @@ def test_a_command_is_required(argv, capsys):
 
 @pytest.mark.parametrize("package", ["sklearn", "pandas", "rich", "matplotlib"])
 def test_a_missing_package_is_named(package, diabetes, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "jaxopt_rules.experiments.compare")
-    monkeypatch.delattr(experiments, "compare")
+    monkeypatch.delitem(sys.modules, "jaxopt_rules.experiments.documented")
+    monkeypatch.delattr(experiments, "documented")
     for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)
@@ -375,11 +376,11 @@ def test_help_needs_nothing_and_shows_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["compare", "--help"])
     text = capsys.readouterr().out
-    assert ",".join(compare.OPTIMIZERS) in text
+    assert ",".join(documented.OPTIMIZERS) in text
     assert "--data houses.csv --target price" in text
     assert re.search(r"class where it is text, or whole numbers of at most 20\s+different values", text)
 
 
 def test_errors_of_the_functions_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="unknown optimizer 'lion'"):
-        compare.run(digits(0), ["lion"], steps=1, seed=0, out=tmp_path)
+        documented.run(digits(0), ["lion"], steps=1, seed=0, out=tmp_path)

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxopt_rules.experiments.data import Dataset, UserError
+from jaxopt_rules.experiments.plots import running_mean
 from jaxopt_rules.hooks import clip_grad, weight_decay
 from jaxopt_rules.models import MLP, mean_squared_error, softmax_cross_entropy
 from jaxopt_rules.parameters import backward
@@ -256,11 +257,3 @@ def plot(dataset: Dataset, results: Sequence[Result], path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of each value and those before it, `width` in all; at the beginning, of as many as there are."""
-    sums = np.concatenate([[0], np.cumsum(values)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - width, 0)
-    return (sums[end] - sums[start]) / (end - start)

@@ -1,0 +1,570 @@
+"""Sweeps: every point of a grid of hyperparameters, trained by one compiled program."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_rules.experiments import plots
+from jaxopt_rules.experiments.progress import Bar, progress
+from jaxopt_rules.experiments.training import Block, Program, Task, rule_of
+from jaxopt_rules.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TAIL = 0.1  # the part of the steps whose mean loss is a run's loss
+PART = 0.25  # seconds between two looks at Ctrl-C
+SHOWN = 12  # rows of a table in Jupyter
+
+# On CPU, members side by side share nothing: a few, whose arrays stay in the cache, run as fast as many, and compile
+# sooner.
+CPU_CHUNK = 4
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep:
+    """What a sweep found. It prints as a table, best first, and shows as a picture and a table in Jupyter."""
+
+    points: tuple[dict[str, Any], ...]  # what `make_rule` was called with
+    seeds: tuple[int, ...]
+    curves: dict[str, np.ndarray]  # (points, seeds, steps)  the loss of each step, and what loss_fn gave beside it
+    final: dict[str, np.ndarray]  # (points, seeds)  the mean loss of the last tenth of the steps, and of `evaluate`
+    done: np.ndarray  # (points, seeds)  steps made
+    by: str  # the entry of `final` that points are ranked by
+    largest: bool  # whether the largest is the best
+    programs: int  # that were compiled
+    compile_seconds: float
+    seconds: float  # without compilation
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the hyperparameters that differ."""
+        return tuple(self.points[0])
+
+    @property
+    def steps(self) -> int:
+        return self.curves["loss"].shape[-1]
+
+    @cached_property
+    def diverged(self) -> np.ndarray:
+        """(points, seeds)  Which members have a loss that is not finite, or end above twice the one they began with."""
+        trained = np.arange(self.steps) < self.done[..., None]
+        first = self.curves["loss"][..., 0]
+        with np.errstate(invalid="ignore"):
+            risen = self.final["loss"] > first + abs(first)
+        return risen | np.any(~np.isfinite(self.curves["loss"]) & trained, axis=-1)
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(points, seeds)  Which members made all of their steps."""
+        return self.done == self.steps
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The points from the best to the worst, by the mean over the seeds, and by the loss where that is equal;
+        behind them those that diverged, then those that were interrupted."""
+        keys = self.final[self.by].mean(axis=1) * (-1 if self.largest else 1), self.final["loss"].mean(axis=1)
+        value, loss = (np.where(np.isfinite(key), key, np.inf) for key in keys)
+        left, bad = np.any(self.done < self.steps, axis=1), np.any(self.diverged, axis=1)
+        return sorted(range(len(self.points)), key=lambda k: (left[k], bad[k], value[k], loss[k]))
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best point: `make_rule(**result.best)` is its rule.
+
+        Raises:
+          ValueError: no point was trained to the end, or all diverged.
+        """
+        if not self._good[self.order[0]]:
+            raise ValueError(f"there is no best point: {self._counted()}")
+        return dict(self.points[self.order[0]])
+
+    @property
+    def at_the_edge(self) -> list[str]:
+        """The hyperparameters whose best value is the lowest, unless that is 0, or the highest of at least three: a
+        better one may lie outside of the grid."""
+        if not self._good[self.order[0]]:
+            return []
+        best = self.points[self.order[0]]
+        values = {name: self._values(name) for name in self.names}
+        return [
+            name
+            for name, several in values.items()
+            if len(several) > 2
+            and all(map(_is_number, several))
+            and best[name] in (several[0] or several[-1], several[-1])
+        ]
+
+    @property
+    def table(self) -> Table:
+        """A row for each point, best first: its hyperparameters, means over the seeds (and `..._std`, the standard
+        deviation), and a note where it diverged or was interrupted."""
+        spread = len(self.seeds) > 1
+        metrics = sorted(self.final, key=lambda name: name != self.by)
+        columns = [*self.names, *itertools.chain(*([m, f"{m}_std"] if spread else [m] for m in metrics)), "note"]
+        rows = []
+        for k in self.order:
+            values = itertools.chain(
+                *(
+                    [float(self.final[m][k].mean()), float(self.final[m][k].std(ddof=1))]
+                    if spread
+                    else [float(self.final[m][k, 0])]
+                    for m in metrics
+                )
+            )
+            rows.append((*map(_cell, self.points[k].values()), *values, self._note(k)))
+        return Table(tuple(columns), tuple(rows))
+
+    def _note(self, k: int) -> str:
+        if not self.finished[k].all():
+            return f"interrupted at step {self.done[k].min()}" if self.done[k].min() else "not trained"
+        bad = int(self.diverged[k].sum())
+        return "" if not bad else "diverged" if bad == len(self.seeds) else f"diverged {bad}/{len(self.seeds)}"
+
+    def _counted(self) -> str:
+        members = self.done.size
+        parts = [f"{members} members of {self.steps} steps"]
+        if bad := int((self.diverged & self.finished).sum()):
+            parts.append(f"{bad} diverged")
+        if left := int((~self.finished).sum()):
+            parts.append(f"{left} interrupted")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"{self._summary()}\n{self.table}"
+
+    def _summary(self) -> str:
+        programs = "one program" if self.programs == 1 else f"{self.programs} programs"
+        ran = f"{programs}, compiled in {self.compile_seconds:.1f} s, ran for {self.seconds:.1f} s"
+        edge = " and ".join(self.at_the_edge)
+        hint = f"; the best {edge} is at the edge of the grid" if edge else ""
+        return f"Sweep: {self._counted()}; {ran}{hint}"
+
+    def _repr_html_(self) -> str:
+        table = self.table
+        short = Table(table.columns, table.cells[:SHOWN])
+        more = len(table.cells) - SHOWN
+        rest = f"<p>and {more} more: <code>result.table</code></p>" if more > 0 else ""
+        figure = plots.detached(11, 4.2, self._draw)
+        return f"<p>{escape(self._summary())}</p>{plots.image(figure)}{short._repr_html_()}{rest}"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pictures
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def plot(self) -> "Figure":
+        """What the hyperparameters do to the result, and the curves of the losses, side by side."""
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+        self._draw(figure)
+        return figure
+
+    def _draw(self, figure: "Figure") -> None:
+        left, right = figure.subplots(1, 2)
+        if len(self._axes) > 1:
+            self.heat_map(ax=left)
+        else:
+            self.line(ax=left)
+        self.plot_curves(ax=right)
+
+    @property
+    def _axes(self) -> list[str]:
+        """The hyperparameters of more than one value, those of most values first."""
+        counts = {name: len(self._values(name)) for name in self.names}
+        return sorted((name for name in self.names if counts[name] > 1), key=lambda name: -counts[name])
+
+    def _values(self, name: str) -> list[Any]:
+        """Its values, in the order of numbers, or in which they were given."""
+        different: list[Any] = []
+        for point in self.points:
+            if point[name] not in different:
+                different.append(point[name])
+        return sorted(different) if all(map(_is_number, different)) else different
+
+    @cached_property
+    def _good(self) -> np.ndarray:
+        """(points)  Whether all members made all of their steps, and none diverged."""
+        return np.all(self.finished, axis=1) & ~np.any(self.diverged, axis=1)
+
+    def line(self, name: str | None = None, ax: "Axes | None" = None) -> "Axes":
+        """The result against one hyperparameter, the best over all others, with the range over the seeds.
+
+        Raises:
+          KeyError: no hyperparameter has this name.
+        """
+        ax = ax or plots.new_axes()
+        name = self._named(name, *self._axes, *self.names)
+        values = self._values(name)
+        numbers = all(map(_is_number, values))
+        places = values if numbers else list(range(len(values)))
+        best = [self._best_with(**{name: value}) for value in values]
+        shown = [(x, k) for x, k in zip(places, best, strict=True) if k is not None]
+        if shown:
+            x = [x for x, _ in shown]
+            y = self.final[self.by][[k for _, k in shown]]
+            ax.plot(x, y.mean(axis=1), color="C0", marker="o", markersize=4)
+            if len(self.seeds) > 1:
+                ax.fill_between(x, y.min(axis=1), y.max(axis=1), color="C0", alpha=0.2, linewidth=0)
+        for x, k in zip(places, best, strict=True):
+            if k is None:
+                ax.plot(x, 0.03, "x", color="C3", transform=ax.get_xaxis_transform())
+        if numbers and _spans_decades(values):
+            ax.set_xscale("log")
+        elif not numbers:
+            ax.set_xticks(places, list(map(_label, values)))
+        if _spans_decades([self.final[self.by][k].mean() for _, k in shown]):
+            ax.set_yscale("log")
+        others = [other for other in self._axes if other != name]
+        plots.style(ax, xlabel=_words(name), ylabel=_words(self.by), title=_over(others))
+        return ax
+
+    def heat_map(self, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
+        """The result for each pair of values of two hyperparameters, the best over all others. × where it diverged.
+
+        Args:
+          x, y: their names; `None`: those of most values.
+
+        Raises:
+          KeyError: no hyperparameter has this name.
+          ValueError: fewer than two hyperparameters differ.
+        """
+        from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.patches import Rectangle
+
+        if len(self.names) < 2:
+            raise ValueError("a heat map needs two hyperparameters; draw line() for one")
+        ax = ax or plots.new_axes(6.4, 4.8)
+        x = self._named(x, *(name for name in (*self._axes, *self.names) if name != y))
+        y = self._named(y, *(name for name in (*self._axes, *self.names) if name != x))
+        columns, rows = self._values(x), self._values(y)
+        mean = self.final[self.by].mean(axis=1)
+        best = [[self._best_with(**{x: column, y: row}) for column in columns] for row in rows]
+        cells = np.array([[np.nan if k is None else mean[k] for k in row] for row in best])
+        finite = cells[np.isfinite(cells)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        norm = LogNorm(low, high) if _spans_decades(finite) else Normalize(low, high)
+        colors = "viridis" if self.largest else "viridis_r"
+        drawn = ax.imshow(cells, origin="lower", aspect="auto", cmap=colors, norm=norm)
+        if finite.size:
+            ax.figure.colorbar(drawn, ax=ax, label=_words(self.by))
+        for (i, j), value in np.ndenumerate(cells):
+            if best[i][j] is None:
+                if self._points_with(**{x: columns[j], y: rows[i]}):
+                    ax.text(j, i, "×", ha="center", va="center", color="C3")
+            elif len(columns) <= 9 and len(rows) <= 12:
+                dark = (norm(value) < 0.5) == self.largest
+                ax.text(j, i, f"{value:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
+            if best[i][j] == self.order[0]:
+                ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="C3", linewidth=2.5))
+        ax.set_xticks(range(len(columns)), list(map(_label, columns)), rotation=45 if len(columns) > 6 else 0)
+        ax.set_yticks(range(len(rows)), list(map(_label, rows)))
+        others = [name for name in self._axes if name not in (x, y)]
+        ax.set(xlabel=_words(x), ylabel=_words(y), title=_over(others))
+        return ax
+
+    def plot_curves(self, by: str | None = None, name: str = "loss", ax: "Axes | None" = None) -> "Axes":
+        """A curve for each point, the mean over its seeds, in the colours of one hyperparameter.
+
+        Those that diverged are grey, the best is thick.
+
+        Args:
+          by: the hyperparameter of the colours; `None`: that of most values.
+          name: of the curves.
+        """
+        import matplotlib as mpl
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+        ax = ax or plots.new_axes()
+        by = self._named(by, *self._axes, *self.names)
+        values = self._values(by)
+        numbers = all(map(_is_number, values))
+        places = [float(value) if numbers else float(k) for k, value in enumerate(values)]
+        norm = (LogNorm if numbers and _spans_decades(values) else Normalize)(min(places), max(places))
+        # Its yellow is hard to see on white.
+        cmap = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+        bad = np.any(self.diverged, axis=1)
+        width = max(1, self.steps // 50)
+        for k in reversed(self.order):
+            with np.errstate(invalid="ignore", over="ignore"):
+                mean = self.curves[name][k].mean(axis=0)
+            first = k == self.order[0] and not bad[k]
+            color = "0.6" if bad[k] else cmap(norm(places[values.index(self.points[k][by])]))
+            line = ":" if bad[k] else "-"
+            ax.plot(plots.running_mean(mean, width), color=color, linewidth=2.5 if first else 1, linestyle=line)
+        good = self.curves[name][~bad] if not bad.all() else self.curves[name]
+        finite = good[np.isfinite(good)]
+        if finite.size:
+            low, high = float(finite.min()), float(finite.max())
+            if _spans_decades(finite):
+                ax.set_yscale("log")
+                ax.set_ylim(low / 1.2, high * 1.2)
+            elif high > low:
+                ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        if numbers and len(values) > 1:
+            ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, label=_words(by))
+        elif len(values) > 1:
+            for value, place in zip(values, places, strict=True):
+                ax.plot([], [], color=cmap(norm(place)), label=_label(value))
+            ax.legend(title=_words(by), frameon=False)
+        of = f", mean of {width} steps" if width > 1 else ""
+        plots.style(ax, xlabel="step", ylabel=f"{_words(name)}{of}", xlim=(0, max(1, self.steps - 1)))
+        return ax
+
+    def _points_with(self, **values: Any) -> list[int]:
+        """Those with these values, the best first."""
+        return [k for k in self.order if all(self.points[k][name] == value for name, value in values.items())]
+
+    def _best_with(self, **values: Any) -> int | None:
+        return next((k for k in self._points_with(**values) if self._good[k]), None)
+
+    def _named(self, name: str | None, *defaults: str) -> str:
+        if name is None:
+            return defaults[0]
+        if name not in self.names:
+            raise KeyError(f"the sweep has no hyperparameter {name!r}; it has {', '.join(self.names)}")
+        return name
+
+
+def sweep(
+    make_rule: Callable[..., Any],
+    grid: Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]],
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batches: Any,
+    steps: int | None = None,
+    *,
+    seeds: int | Iterable[int] = 1,
+    chunk: int | None = None,
+    has_aux: bool = False,
+    evaluate: Callable[[Any], Any] | None = None,
+    by: str | None = None,
+    largest: bool = False,
+    shown: bool = True,
+) -> Sweep:
+    """Trains every point of a grid, from every seed, in one compiled program.
+
+        result = sweep(
+            lambda learning_rate, weight_decay: adamw(Warmup(learning_rate, 20), weight_decay=weight_decay),
+            {"learning_rate": np.geomspace(1e-4, 1e-1, 8), "weight_decay": [0.0, 0.01, 0.1]},
+            loss_fn, params, batches, steps=300,
+        )
+        rule = adamw(**result.best)
+
+    Hyperparameters are scalars in the state, so members that differ in them are one program under `jax.vmap`; their
+    numbers are those of separate runs, up to the rounding of products of matrices, which XLA sums in another order.
+    What a rule has to know when it is built (a flag, a text, a rule, the steps of a schedule) may be in the grid, too:
+    there is one program for each of its values.
+
+    Ctrl-C ends it with what there is: members that are not `finished` are marked.
+
+    Args:
+      make_rule: called with a point's values by name, some of them traced; gives a rule, or an (init, update) pair from
+        elsewhere.
+      grid: {name: values}, of which every combination is a point; or points, such as drawn at random, one by one.
+      loss_fn: `loss_fn(params, batch) -> loss`, or with `has_aux` `(loss, {name: scalar})`, which become curves.
+      params: the parameters at the start, or a function of a PRNG key that makes them.
+      batches: arrays with an axis of batches in front; an iterable of batches; or a function of a seed that gives one
+        of these.
+      steps: updates of each member; `None`: as many as there are batches. Where there are fewer, they come again.
+      seeds: those that `params` and `batches` are called with: these, or as many, from 0. Members of one seed see the
+        same.
+      chunk: how many members are trained side by side. It bounds the memory: each has parameters, gradients, a state
+        and activations of its own. `None`: 4 on CPU, where more gain nothing; else as many as take a quarter of the
+        memory that is free, without activations.
+      evaluate: `evaluate(params) -> scalar or {name: scalar}`, taken at the end, of what `eval_params` gives.
+      by: what points are ranked by, an entry of `final`: "loss" or one of `evaluate`. `None`: the first of those.
+      largest: whether the largest is the best, as of an accuracy.
+      shown: whether a progress bar is.
+
+    Raises:
+      ValueError: the grid is empty or its points have different names; `by` is not known; or as `Task` says.
+      TypeError: `make_rule` gives no rule; or as `Task` says.
+    """
+    points = _points(grid)
+    task = Task(loss_fn, params, batches, steps, seeds=seeds, has_aux=has_aux, evaluate=evaluate)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    found = _Found(len(points), task)
+    with progress("sweep", len(points) * len(task.seeds) * task.steps, shown) as bar:
+        programs = _programs(make_rule, points, task)
+        for members, program in programs:
+            if not _train(program, members, chunk, found, bar):
+                break
+    by = by if by is not None else next((name for name in found.final if name != "loss"), "loss")
+    if by not in found.final:
+        raise ValueError(f"by must be one of {', '.join(found.final)}, not {by!r}")
+    return Sweep(
+        points=tuple(points),
+        seeds=task.seeds,
+        curves=found.curves,
+        final=found.final,
+        done=found.done,
+        by=by,
+        largest=largest,
+        programs=len(programs),
+        compile_seconds=sum(program.compile_seconds for _, program in programs),
+        seconds=found.seconds,
+    )
+
+
+def _points(grid: Any) -> list[dict[str, Any]]:
+    if isinstance(grid, Mapping):
+        values = {name: list(several) for name, several in grid.items()}
+        if empty := [name for name, several in values.items() if not several]:
+            raise ValueError(f"the grid has no value for {', '.join(empty)}")
+        points = [dict(zip(values, combined, strict=True)) for combined in itertools.product(*values.values())]
+    else:
+        points = [dict(point) for point in grid]
+    if not points or not points[0]:
+        raise ValueError("the grid is empty; it is {name: values}, or points such as {'learning_rate': 0.1}")
+    if unlike := [point for point in points if point.keys() != points[0].keys()]:
+        raise ValueError(
+            f"the points name different hyperparameters: {', '.join(points[0])} and {', '.join(unlike[0])}"
+        )
+    return [{name: _python(point[name]) for name in points[0]} for point in points]
+
+
+def _programs(
+    make_rule: Callable[..., Any], points: list[dict[str, Any]], task: Task
+) -> list[tuple[list[int], Program]]:
+    """The programs that are needed, each with the points that it trains."""
+    live = _live(make_rule, points, task)
+    groups: list[tuple[dict[str, Any], list[int]]] = []
+    for k, point in enumerate(points):
+        fixed = {name: value for name, value in point.items() if name not in live}
+        for known, members in groups:
+            if known == fixed:
+                members.append(k)
+                break
+        else:
+            groups.append((fixed, [k]))
+    return [(members, Program(make_rule, [points[k] for k in members], live, task)) for _, members in groups]
+
+
+def _live(make_rule: Callable[..., Any], points: list[dict[str, Any]], task: Task) -> list[str]:
+    """The hyperparameters that one program can vary: numbers that the rule need not know when it is built."""
+    first, start = points[0], task.start()
+    rule_of(make_rule, first)  # what is wrong with it whatever its numbers is said here
+    varied = [
+        name
+        for name in first
+        if all(_is_number(p[name]) for p in points) and any(p[name] != first[name] for p in points)
+    ]
+
+    def builds(names: list[str]) -> bool:
+        scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        try:
+            jax.eval_shape(lambda values: rule_of(make_rule, first | values).init(start), dict.fromkeys(names, scalar))
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    return varied if builds(varied) else [name for name in varied if builds([name])]
+
+
+class _Found:
+    """What is known of the members so far."""
+
+    def __init__(self, points: int, task: Task) -> None:
+        self._shape, self._steps, self.seconds = (points, len(task.seeds)), task.steps, 0.0
+        self.done = np.zeros(self._shape, int)
+        self.curves: dict[str, np.ndarray] = {}
+        self.final: dict[str, np.ndarray] = {}
+
+    def take(self, block: Block, cells: tuple[np.ndarray, ...]) -> None:
+        self.seconds += block.seconds
+        new = self.done[cells] < block.done
+        self.done[cells] = np.where(new, block.done, self.done[cells])
+        curves = block.curves()
+        for name, curve in curves.items():
+            known = self.curves.setdefault(name, np.full((*self._shape, self._steps), np.nan, _real_dtype(curve)))
+            known[cells] = np.where(new[..., None], curve, known[cells])
+        tail = max(1, round(TAIL * self._steps))
+        with np.errstate(invalid="ignore", over="ignore"):
+            final = {"loss": curves["loss"][..., -tail:].mean(axis=-1, dtype=float)}
+        if block.done == self._steps:
+            final |= block.evaluate()
+        for name, value in final.items():
+            known = self.final.setdefault(name, np.full(self._shape, np.nan))
+            known[cells] = np.where(new, value, known[cells])
+
+
+def _train(program: Program, points: list[int], chunk: int | None, found: _Found, bar: Bar) -> bool:
+    """Trains the members of a program, `chunk` at a time. Returns whether all of them are finished."""
+    size = chunk or _default_chunk(program)
+    steps = program.task.steps
+    for seeds in _parts(len(program.task.seeds), size):
+        for some in _parts(len(points), max(1, size // len(seeds))):
+            cells = np.ix_(np.array(points)[some], seeds)
+            fresh = int(np.count_nonzero(found.done[cells] == 0))
+            block = Block(program, some, seeds)
+            going = True
+            while going and block.done < steps:
+                going = bar.advance(block.advance(PART) * fresh)
+            found.take(block, cells)
+            if not going:
+                return block.done == steps and bool(np.all(found.done == steps))
+    return True
+
+
+def _parts(count: int, size: int) -> list[np.ndarray]:
+    """0, ..., count − 1 in as few parts as do not exceed `size`, all of one length: the last may overlap."""
+    parts = math.ceil(count / size)
+    length = math.ceil(count / parts)
+    return [np.arange(length) + min(k * length, count - length) for k in range(parts)]
+
+
+def _default_chunk(program: Program) -> int:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return CPU_CHUNK
+    known = device.memory_stats() or {}
+    free = known.get("bytes_limit", 2**34) - known.get("bytes_in_use", 0)
+    return max(1, free // 4 // program.member_bytes)
+
+
+def _real_dtype(curve: np.ndarray) -> np.dtype:
+    return curve.dtype if np.issubdtype(curve.dtype, np.inexact) else np.dtype(float)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool | np.bool_)
+
+
+def _python(x: Any) -> Any:
+    """Numbers of NumPy and JAX as Python's, which print shorter and have all digits."""
+    return x.item() if isinstance(x, np.generic | np.ndarray | jax.Array) and np.ndim(x) == 0 else x
+
+
+def _cell(x: Any) -> Any:
+    return x if _is_number(x) or x is None else str(x)
+
+
+def _label(x: Any) -> str:
+    return f"{x:.3g}" if _is_number(x) else getattr(x, "__name__", str(x))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _over(names: Sequence[str]) -> str:
+    return f"best over {' and '.join(map(_words, names))}" if names else ""
+
+
+def _spans_decades(values: Any) -> bool:
+    """Whether a logarithmic scale shows them better."""
+    low, high = (min(values), max(values)) if len(values) else (0, 0)
+    return low > 0 and high / low > 20

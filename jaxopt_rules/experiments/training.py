@@ -1,0 +1,371 @@
+"""Training of many members at once: what sweeps, comparisons, range tests and histories run.
+
+A member is a rule at one point of a grid, begun from one seed. A `Program` is compiled once; a `Block` is some members
+that it trains side by side, as far as it is told to.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxopt_rules import trees
+from jaxopt_rules.averages import eval_params
+from jaxopt_rules.numerics import is_inexact
+from jaxopt_rules.rule import Rule, as_rule, extra_for
+from jaxopt_rules.state import hyperparameter_entries, replace_hyperparameters
+
+Point = Mapping[str, Any]  # keyword arguments of a function that makes a rule
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learnt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """What is to be learnt, whatever the rule.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> loss`, or with `has_aux` `(loss, {name: scalar})`.
+      params: the parameters at the start, a pytree, or a function of a PRNG key that makes them. What is no array of
+        floating-point numbers is left as it is.
+      batches: a pytree of arrays with an axis of batches in front; or an iterable of batches; or a function of a seed
+        that gives one of these.
+      steps: how many updates; `None`: as many as there are batches. Where there are fewer, they come again.
+      seeds: the seeds that `params` and `batches` are called with: those given, or as many as this, from 0.
+      evaluate: a function of the parameters that gives a scalar, or a dict of scalars, at the end. Where the rule keeps
+        an average, it is given that.
+
+    Raises:
+      TypeError, ValueError: what is given cannot be trained on; says what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Any,
+        batches: Any,
+        steps: int | None = None,
+        *,
+        seeds: int | Iterable[int] = 1,
+        has_aux: bool = False,
+        evaluate: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.loss_fn, self.has_aux, self.evaluate = loss_fn, has_aux, evaluate
+        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(map(int, seeds))
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be a number from 1, or different integers, not {seeds!r}")
+        if steps is not None and not (isinstance(steps, int | np.integer) and steps >= 1):
+            raise ValueError(f"steps must be an integer >= 1, not {steps!r}")
+        self._set_data(batches, steps)
+        self._set_starts(params)
+        if len(self.seeds) > 1 and not (self.seeded_data or _makes(params)):
+            raise ValueError(
+                f"{len(self.seeds)} seeds would give the same run: let params be a function of a key, or batches one "
+                "of a seed"
+            )
+        self.steps = self.batch_count if steps is None else int(steps)
+
+    def _set_data(self, batches: Any, steps: int | None) -> None:
+        self.seeded_data = _is_function(batches)
+        drawn = (
+            [_stacked(batches(seed), steps) for seed in self.seeds] if self.seeded_data else [_stacked(batches, steps)]
+        )
+        counts = sorted(set(map(_count, drawn)))
+        if len(counts) > 1:
+            raise ValueError(f"batches gave {' and '.join(map(str, counts))} batches for different seeds")
+        self.batch_count = counts[0]
+        # (batches, ...), or (seeds, batches, ...) where they differ
+        self.data = jax.tree.map(jnp.asarray, _joined(drawn) if self.seeded_data else drawn[0])
+
+    def _set_starts(self, params: Any) -> None:
+        begun = [params(jax.random.key(seed)) for seed in self.seeds] if _makes(params) else [params] * len(self.seeds)
+        self._leaves, self._treedef = trees.flatten(begun[0])
+        self._trained = [is_inexact(leaf) for leaf in self._leaves]
+        if not any(self._trained):
+            raise ValueError("params has no array of floating-point numbers to train")
+        self.starts = [jnp.asarray(x, x.dtype) for x in _joined([self.arrays(tree) for tree in begun])]  # (seeds, ...)
+
+    def arrays(self, params: Any) -> list[Array]:
+        """Those of its leaves that are trained."""
+        return [leaf for leaf, trained in zip(trees.flatten(params)[0], self._trained, strict=True) if trained]
+
+    def tree(self, arrays: Sequence[Any], others: bool = True) -> Any:
+        """The parameters with these arrays, or, without the others, gradients of them."""
+        rest = iter(arrays)
+        leaves = [
+            next(rest) if trained else leaf if others else None
+            for leaf, trained in zip(self._leaves, self._trained, strict=True)
+        ]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def start(self) -> Any:
+        """The parameters that the first seed begins with."""
+        return self.tree([x[0] for x in self.starts])
+
+    def batch(self, data: Any, i: Any) -> Any:
+        """That of step i, with an axis of seeds in front where seeds have batches of their own."""
+        axis = int(self.seeded_data)
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i % self.batch_count, axis, keepdims=False), data)
+
+    def loss(self, params: Any, batch: Any) -> tuple[Array, dict[str, Array]]:
+        found = self.loss_fn(params, batch)
+        loss, aux = found if self.has_aux else (found, {})
+        if not _is_scalar(loss):
+            hint = "; with has_aux=True it may give (loss, {name: scalar})" if isinstance(found, tuple) else ""
+            raise TypeError(f"loss_fn must give a scalar, not {_described(loss)}{hint}")
+        if not isinstance(aux, Mapping) or not all(map(_is_scalar, aux.values())):
+            raise TypeError(f"with has_aux=True, loss_fn must give (loss, {{name: scalar}}), not {_described(aux)}")
+        if "loss" in aux:
+            raise ValueError("what loss_fn gives beside the loss cannot be called 'loss'")
+        return loss, dict(aux)
+
+    def evaluated(self, params: Any) -> dict[str, Array]:
+        if self.evaluate is None:
+            return {}
+        found = self.evaluate(params)
+        values = dict(found) if isinstance(found, Mapping) else {"score": found}
+        if not all(map(_is_scalar, values.values())):
+            raise TypeError(f"evaluate must give a scalar or {{name: scalar}}, not {_described(found)}")
+        return values
+
+
+def _is_function(x: Any) -> bool:
+    """Whether this is a function, and no tree of arrays that can also be called, as modules can."""
+    return callable(x) and jax.tree.leaves(x) == [x]
+
+
+_makes = _is_function
+
+
+def _is_scalar(x: Any) -> bool:
+    return (hasattr(x, "dtype") and jnp.shape(x) == ()) or isinstance(x, int | float)
+
+
+def _described(x: Any) -> str:
+    return f"an array of shape {jnp.shape(x)}" if hasattr(x, "dtype") else f"{type(x).__name__}"
+
+
+def _joined(same: Sequence[Any]) -> Any:
+    """Trees as one, with a new axis in front."""
+    return jax.tree.map(lambda *parts: np.stack([np.asarray(x) for x in parts]), *same)
+
+
+def _stacked(batches: Any, steps: int | None) -> Any:
+    """Batches as arrays with an axis of batches in front."""
+    if hasattr(batches, "shape") or isinstance(batches, tuple | list | Mapping) or not isinstance(batches, Iterable):
+        return batches
+    taken = list(batches if steps is None else itertools.islice(batches, steps))
+    if not taken:
+        raise ValueError("batches is empty")
+    return _joined(taken)
+
+
+def _count(batches: Any) -> int:
+    leaves = jax.tree.leaves(batches)
+    if not leaves or any(jnp.ndim(x) == 0 for x in leaves):
+        raise ValueError("batches must be arrays with an axis of batches in front, or an iterable of batches")
+    lengths = sorted({len(x) for x in leaves})
+    if len(lengths) > 1 or lengths[0] == 0:
+        raise ValueError(f"the arrays of batches have {' and '.join(map(str, lengths))} batches")
+    return lengths[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is learnt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What there is to record of one step."""
+
+    loss: Array
+    aux: dict[str, Array]
+    grads: Any
+    before: Any  # parameters
+    after: Any
+    state: Any  # behind the step
+
+
+Record = Callable[[Step], dict[str, Array]]
+
+
+def losses(step: Step) -> dict[str, Array]:
+    """The loss, and what the loss function gives beside it."""
+    return {"loss": step.loss, **step.aux}
+
+
+class Program:
+    """A training of members, compiled once for all blocks of a shape.
+
+    `make(**point)` is called twice for each point. With traced numbers, so that whatever it makes of them, such as a
+    schedule, is right for each member; and with the numbers themselves, for the hyperparameters that states are born
+    with: of a decay rate it is 1 − β that counts, which is right when it is taken in double.
+
+    Args:
+      points: all that it is to train, alike but for the arguments named in `live`, which are numbers.
+      record: what is kept of each step, a dict of scalars.
+
+    Raises:
+      TypeError: states of different points differ in structure.
+      Exception: whatever `make` raises for traced numbers that it has to know.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        points: Sequence[Point],
+        live: Sequence[str],
+        task: Task,
+        record: Record = losses,
+    ) -> None:
+        fixed = {name: value for name, value in points[0].items() if name not in live}
+        self.task, self.points, self._record = task, tuple(points), record
+        self._make = lambda values: rule_of(make, fixed | values)
+        wide, start = jnp.result_type(float), task.start()
+        born = [rule_of(make, point).init(start) for point in points]
+        entries = [hyperparameter_entries(state).values() for state in born]
+        self._addresses = [entry.address for entry in entries[0]]
+        values = {name: jax.ShapeDtypeStruct((), wide) for name in live}
+        arrays = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in task.starts]
+        (_, state), self._recorded = jax.eval_shape(self._first_step, values, arrays, task.data)
+        if any(jax.tree.structure(other) != jax.tree.structure(state) for other in born):
+            raise TypeError("the states of these points differ in structure")
+        self._values = {name: np.array([point[name] for point in points], wide) for name in live}
+        self._hyper = _joined([[entry.value for entry in found] for found in entries])
+        self.state_bytes = _bytes(state)
+        self.member_bytes = self.state_bytes + 2 * _bytes(arrays)
+        self.compile_seconds = 0.0
+        self.step_seconds: float | None = None  # of the last steps of a block
+        self._compiled: dict[Any, Any] = {}
+
+    def _first_step(self, values: dict[str, Array], arrays: list[Array], data: Any) -> Any:
+        batch = self.task.batch(data, 0)
+        if self.task.seeded_data:
+            batch = jax.tree.map(lambda x: x[0], batch)
+        return self._step(values, (arrays, self._make(values).init(self.task.tree(arrays))), batch)
+
+    def _step(self, values: dict[str, Array], member: tuple[list[Array], Any], batch: Any) -> tuple[Any, Any]:
+        task = self.task
+        arrays, state = member
+
+        def loss_of(arrays: list[Array]) -> tuple[Array, dict[str, Array]]:
+            return task.loss(task.tree(arrays), batch)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(arrays)
+        before, grads = task.tree(arrays), task.tree(grads, others=False)
+        rule = self._make(values)
+        extra = {"value": loss, "grad": grads, "value_fn": lambda params: task.loss(params, batch)[0]}
+        after, state = rule.apply(grads, state, before, **extra_for(rule, extra))
+        return (task.arrays(after), state), self._record(Step(loss, aux, grads, before, after, state))
+
+    def _begin(self, values: dict[str, Array], hyper: list[Any], starts: list[Array]) -> Any:
+        def member(values: dict[str, Array], hyper: list[Any], arrays: list[Array]) -> Any:
+            state = self._make(values).init(self.task.tree(arrays))
+            return arrays, replace_hyperparameters(state, dict(zip(self._addresses, hyper, strict=True)))
+
+        members = _over(member, points=(0, 0, None), seeds=(None, None, 0))(values, hyper, starts)
+        shape = (self.task.steps, *jax.tree.leaves(members)[0].shape[:2])
+        return members, {name: jnp.zeros(shape, x.dtype) for name, x in self._recorded.items()}
+
+    def _advance(self, carry: Any, values: dict[str, Array], data: Any, start: Array, stop: Array) -> Any:
+        step = _over(self._step, points=(0, 0, None), seeds=(None, 0, 0 if self.task.seeded_data else None))
+
+        def body(i: Array, carry: Any) -> Any:
+            members, curves = carry
+            members, recorded = step(values, members, self.task.batch(data, i))
+            return members, {
+                name: lax.dynamic_update_index_in_dim(curve, recorded[name], i, 0) for name, curve in curves.items()
+            }
+
+        return lax.fori_loop(start, stop, body, carry)
+
+    def _evaluate(self, members: Any) -> dict[str, Array]:
+        def member(arrays: list[Array], state: Any) -> dict[str, Array]:
+            return self.task.evaluated(eval_params(state, self.task.tree(arrays)))
+
+        return _over(member, points=(0, 0), seeds=(0, 0))(*members)
+
+    def call(self, function: str, *args: Any, donate: Sequence[int] = ()) -> Any:
+        """Runs one of the functions above, which is compiled for each shape of its arguments."""
+        leaves, treedef = jax.tree.flatten(args)
+        key = function, treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        if key not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[key] = jax.jit(getattr(self, function), donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self._compiled[key](*args)
+
+
+class Block:
+    """Members that are trained side by side: some points of a program, and some of its task's seeds."""
+
+    def __init__(self, program: Program, points: np.ndarray | None = None, seeds: np.ndarray | None = None) -> None:
+        task = program.task
+        picked = np.arange(len(program.points)) if points is None else points
+        self._program, self.done, self.seconds = program, 0, 0.0
+        self._values = {name: values[picked] for name, values in program._values.items()}
+        of_seeds = (lambda x: x) if seeds is None or len(seeds) == len(task.seeds) else (lambda x: x[seeds])
+        self._data = jax.tree.map(of_seeds, task.data) if task.seeded_data else task.data
+        hyper = jax.tree.map(lambda x: x[picked], program._hyper)
+        self._carry = program.call("_begin", self._values, hyper, list(map(of_seeds, task.starts)))
+
+    def advance(self, seconds: float = math.inf) -> int:
+        """Trains for about as long as this, at most to the task's end, and waits. Returns how many steps it was.
+
+        How long a step takes is not known at first: then it is one step.
+        """
+        program = self._program
+        pace = program.step_seconds
+        wanted = 1 if pace is None else max(1, min(seconds / pace, program.task.steps))
+        steps = min(int(wanted), program.task.steps - self.done)
+        bounds = np.int32(self.done), np.int32(self.done + steps)
+        compiling = program.compile_seconds
+        began = time.perf_counter()
+        carry = program.call("_advance", self._carry, self._values, self._data, *bounds, donate=(0,))
+        self._carry = jax.block_until_ready(carry)
+        taken = time.perf_counter() - began - (program.compile_seconds - compiling)
+        if steps:
+            program.step_seconds = taken / steps
+        self.seconds += taken
+        self.done += steps
+        return steps
+
+    def curves(self) -> dict[str, np.ndarray]:
+        """What was recorded, (points, seeds, steps); NaN, or 0 for integers, where it is not trained yet."""
+        found = {}
+        for name, curve in self._carry[1].items():
+            values = np.array(curve)
+            if np.issubdtype(values.dtype, np.inexact):
+                values[self.done :] = np.nan
+            found[name] = np.moveaxis(values, 0, -1)
+        return found
+
+    def evaluate(self) -> dict[str, np.ndarray]:
+        """What the task's `evaluate` gives, (points, seeds)."""
+        if self._program.task.evaluate is None:
+            return {}
+        return {name: np.asarray(x) for name, x in self._program.call("_evaluate", self._carry[0]).items()}
+
+
+def _over(
+    member: Callable[..., Any], *, points: tuple[int | None, ...], seeds: tuple[int | None, ...]
+) -> Callable[..., Any]:
+    """A function of one member for all points and, within each, all seeds: the two axes in front of its results."""
+    return jax.vmap(jax.vmap(member, in_axes=seeds), in_axes=points)
+
+
+def rule_of(make: Callable[..., Any], point: Point) -> Rule:
+    return as_rule(make(**point), "make_rule")
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
