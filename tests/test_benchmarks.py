@@ -34,7 +34,12 @@ CONTENDERS = {
         "ours: update, donate=True",
     },
     "compilation": {"ours"},
-    "sweep": {"ours: one program, vmap", "ours: one program, run for each", "ours: a program for each"},
+    "sweep": {
+        "ours: experiments.sweep",
+        "ours: one program, vmap",
+        "ours: one program, run for each",
+        "ours: a program for each",
+    },
     "memory": {"ours"},
     "growth": {"ours"},
 }

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -26,9 +29,9 @@ TAIL = 0.1  # the part of the steps whose mean loss is a run's loss
 PART = 0.25  # seconds between two looks at Ctrl-C
 SHOWN = 12  # rows of a table in Jupyter
 
-# On CPU, members side by side share nothing: a few, whose arrays stay in the cache, run as fast as many, and compile
-# sooner.
-CPU_CHUNK = 4
+# On CPU, members of one block share nothing: a few, whose arrays stay in the cache, run as fast as many, and most of
+# their operations on one core. So each core has a block of its own.
+CPU_WIDTH = 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -380,9 +383,10 @@ def sweep(
       steps: updates of each member; `None`: as many as there are batches. Where there are fewer, they come again.
       seeds: those that `params` and `batches` are called with: these, or as many, from 0. Members of one seed see the
         same.
-      chunk: how many members are trained side by side. It bounds the memory: each has parameters, gradients, a state
-        and activations of its own. `None`: 4 on CPU, where more gain nothing; else as many as take a quarter of the
-        memory that is free, without activations.
+      chunk: how many members are trained at a time. It bounds the memory: each has parameters, gradients, a state and
+        activations of its own. `None`: on CPU 4 for each core, and 4 that are
+        made ready meanwhile, since more gain nothing; elsewhere as many as take a quarter of the free memory, without
+        activations.
       evaluate: `evaluate(params) -> scalar or {name: scalar}`, taken at the end, of what `eval_params` gives.
       by: what points are ranked by, an entry of `final`: "loss" or one of `evaluate`. `None`: the first of those.
       largest: whether the largest is the best, as of an accuracy.
@@ -397,11 +401,13 @@ def sweep(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
     found = _Found(len(points), task)
+    began = time.perf_counter()
     with progress("sweep", len(points) * len(task.seeds) * task.steps, shown) as bar:
         programs = _programs(make_rule, points, task)
         for members, program in programs:
             if not _train(program, members, chunk, found, bar):
                 break
+    seconds, compiling = time.perf_counter() - began, sum(program.compile_seconds for _, program in programs)
     by = by if by is not None else next((name for name in found.final if name != "loss"), "loss")
     if by not in found.final:
         raise ValueError(f"by must be one of {', '.join(found.final)}, not {by!r}")
@@ -414,8 +420,8 @@ def sweep(
         by=by,
         largest=largest,
         programs=len(programs),
-        compile_seconds=sum(program.compile_seconds for _, program in programs),
-        seconds=found.seconds,
+        compile_seconds=compiling,
+        seconds=seconds - compiling,
     )
 
 
@@ -440,7 +446,23 @@ def _programs(
     make_rule: Callable[..., Any], points: list[dict[str, Any]], task: Task
 ) -> list[tuple[list[int], Program]]:
     """The programs that are needed, each with the points that it trains."""
-    live = _live(make_rule, points, task)
+    varied = [
+        name
+        for name, value in points[0].items()
+        if all(_is_number(point[name]) for point in points) and any(point[name] != value for point in points)
+    ]
+    try:
+        return _grouped(make_rule, points, varied, task)
+    except (TypeError, ValueError):
+        live = _live(make_rule, points[0], varied, task)
+        if live == varied:
+            raise
+        return _grouped(make_rule, points, live, task)
+
+
+def _grouped(
+    make_rule: Callable[..., Any], points: list[dict[str, Any]], live: list[str], task: Task
+) -> list[tuple[list[int], Program]]:
     groups: list[tuple[dict[str, Any], list[int]]] = []
     for k, point in enumerate(points):
         fixed = {name: value for name, value in point.items() if name not in live}
@@ -453,38 +475,30 @@ def _programs(
     return [(members, Program(make_rule, [points[k] for k in members], live, task)) for _, members in groups]
 
 
-def _live(make_rule: Callable[..., Any], points: list[dict[str, Any]], task: Task) -> list[str]:
-    """The hyperparameters that one program can vary: numbers that the rule need not know when it is built."""
-    first, start = points[0], task.start()
-    rule_of(make_rule, first)  # what is wrong with it whatever its numbers is said here
-    varied = [
-        name
-        for name in first
-        if all(_is_number(p[name]) for p in points) and any(p[name] != first[name] for p in points)
-    ]
+def _live(make_rule: Callable[..., Any], point: dict[str, Any], names: list[str], task: Task) -> list[str]:
+    """Those that a rule need not know when it is built."""
+    start, scalar = task.start(), jax.ShapeDtypeStruct((), jnp.result_type(float))
 
-    def builds(names: list[str]) -> bool:
-        scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    def builds(name: str) -> bool:
         try:
-            jax.eval_shape(lambda values: rule_of(make_rule, first | values).init(start), dict.fromkeys(names, scalar))
+            jax.eval_shape(lambda value: rule_of(make_rule, point | {name: value}).init(start), scalar)
         except (TypeError, ValueError):
             return False
         return True
 
-    return varied if builds(varied) else [name for name in varied if builds([name])]
+    return list(filter(builds, names))
 
 
 class _Found:
     """What is known of the members so far."""
 
     def __init__(self, points: int, task: Task) -> None:
-        self._shape, self._steps, self.seconds = (points, len(task.seeds)), task.steps, 0.0
+        self._shape, self._steps = (points, len(task.seeds)), task.steps
         self.done = np.zeros(self._shape, int)
         self.curves: dict[str, np.ndarray] = {}
         self.final: dict[str, np.ndarray] = {}
 
     def take(self, block: Block, cells: tuple[np.ndarray, ...]) -> None:
-        self.seconds += block.seconds
         new = self.done[cells] < block.done
         self.done[cells] = np.where(new, block.done, self.done[cells])
         curves = block.curves()
@@ -503,20 +517,41 @@ class _Found:
 
 def _train(program: Program, points: list[int], chunk: int | None, found: _Found, bar: Bar) -> bool:
     """Trains the members of a program, `chunk` at a time. Returns whether all of them are finished."""
-    size = chunk or _default_chunk(program)
-    steps = program.task.steps
-    for seeds in _parts(len(program.task.seeds), size):
-        for some in _parts(len(points), max(1, size // len(seeds))):
-            cells = np.ix_(np.array(points)[some], seeds)
-            fresh = int(np.count_nonzero(found.done[cells] == 0))
-            block = Block(program, some, seeds)
-            going = True
-            while going and block.done < steps:
-                going = bar.advance(block.advance(PART) * fresh)
-            found.take(block, cells)
-            if not going:
-                return block.done == steps and bool(np.all(found.done == steps))
-    return True
+    seeds, steps = len(program.task.seeds), program.task.steps
+    workers, blocks, width = _side_by_side(program, chunk)
+    parts = itertools.product(_parts(seeds, width), _parts(len(points), max(1, width // seeds)))
+    running: dict[Future[int], tuple[Block, tuple[np.ndarray, ...], int]] = {}
+    going = True
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            for of_seeds, of_points in itertools.islice(parts, blocks - len(running) if going else 0):
+                block, cells = Block(program, of_points, of_seeds), np.ix_(np.array(points)[of_points], of_seeds)
+                fresh = int(np.count_nonzero(found.done[cells] == 0))
+                running[pool.submit(block.advance, PART)] = block, cells, fresh
+            if not running:
+                return going
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                block, cells, fresh = running.pop(future)
+                going = bar.advance(future.result() * fresh) and going
+                if going and block.done < steps:
+                    running[pool.submit(block.advance, PART)] = block, cells, fresh
+                else:
+                    found.take(block, cells)
+
+
+def _side_by_side(program: Program, chunk: int | None) -> tuple[int, int, int]:
+    """How many blocks are trained at once, how many are there at once, and how many members each has."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        chunk = chunk or (cores + 1) * CPU_WIDTH
+        workers = min(cores, chunk)
+        width = min(CPU_WIDTH, chunk // workers)
+        # One more is made ready meanwhile.
+        return workers, min(workers + 1, chunk // width), width
+    known = device.memory_stats() or {}
+    free = known.get("bytes_limit", 2**34) - known.get("bytes_in_use", 0)
+    return 1, 1, chunk or max(1, free // 4 // program.member_bytes)
 
 
 def _parts(count: int, size: int) -> list[np.ndarray]:
@@ -524,15 +559,6 @@ def _parts(count: int, size: int) -> list[np.ndarray]:
     parts = math.ceil(count / size)
     length = math.ceil(count / parts)
     return [np.arange(length) + min(k * length, count - length) for k in range(parts)]
-
-
-def _default_chunk(program: Program) -> int:
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return CPU_CHUNK
-    known = device.memory_stats() or {}
-    free = known.get("bytes_limit", 2**34) - known.get("bytes_in_use", 0)
-    return max(1, free // 4 // program.member_bytes)
 
 
 def _real_dtype(curve: np.ndarray) -> np.dtype:

@@ -8,6 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from jaxopt_rules import trees
 from jaxopt_rules.averages import eval_params
 from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.rule import Rule, as_rule, extra_for
-from jaxopt_rules.state import hyperparameter_entries, replace_hyperparameters
 
 Point = Mapping[str, Any]  # keyword arguments of a function that makes a rule
 
@@ -155,7 +155,12 @@ def _described(x: Any) -> str:
 
 def _joined(same: Sequence[Any]) -> Any:
     """Trees as one, with a new axis in front."""
-    return jax.tree.map(lambda *parts: np.stack([np.asarray(x) for x in parts]), *same)
+
+    def join(*parts: Any) -> Any:
+        # PRNG keys are no numbers to NumPy, which compiles nothing for the others.
+        return jnp.stack(parts) if trees.is_key(parts[0]) else np.stack([np.asarray(x) for x in parts])
+
+    return jax.tree.map(join, *same)
 
 
 def _stacked(batches: Any, steps: int | None) -> Any:
@@ -206,16 +211,16 @@ def losses(step: Step) -> dict[str, Array]:
 class Program:
     """A training of members, compiled once for all blocks of a shape.
 
-    `make(**point)` is called twice for each point. With traced numbers, so that whatever it makes of them, such as a
-    schedule, is right for each member; and with the numbers themselves, for the hyperparameters that states are born
-    with: of a decay rate it is 1 − β that counts, which is right when it is taken in double.
+    `make(**point)` is called with the numbers of each point, for the states that members are born with: of a decay rate
+    they hold 1 − β, which is right when it is taken in double. And it is called with traced numbers, for the update, so
+    that what it makes of them, such as a schedule, is right for each member.
 
     Args:
       points: all that it is to train, alike but for the arguments named in `live`, which are numbers.
       record: what is kept of each step, a dict of scalars.
 
     Raises:
-      TypeError: states of different points differ in structure.
+      TypeError: states of different points differ in structure (when a block of them begins).
       Exception: whatever `make` raises for traced numbers that it has to know.
     """
 
@@ -228,30 +233,28 @@ class Program:
         record: Record = losses,
     ) -> None:
         fixed = {name: value for name, value in points[0].items() if name not in live}
-        self.task, self.points, self._record = task, tuple(points), record
+        wide = jnp.result_type(float)
+        self.task, self._record = task, record
         self._make = lambda values: rule_of(make, fixed | values)
-        wide, start = jnp.result_type(float), task.start()
-        born = [rule_of(make, point).init(start) for point in points]
-        entries = [hyperparameter_entries(state).values() for state in born]
-        self._addresses = [entry.address for entry in entries[0]]
+        self.rules = [rule_of(make, point) for point in points]
+        self.values = {name: np.array([point[name] for point in points], wide) for name in live}
+        # Traced once, for the shapes of what it gives and for the program.
+        self._compiled_step = jax.jit(self._step)
         values = {name: jax.ShapeDtypeStruct((), wide) for name in live}
         arrays = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in task.starts]
         (_, state), self._recorded = jax.eval_shape(self._first_step, values, arrays, task.data)
-        if any(jax.tree.structure(other) != jax.tree.structure(state) for other in born):
-            raise TypeError("the states of these points differ in structure")
-        self._values = {name: np.array([point[name] for point in points], wide) for name in live}
-        self._hyper = _joined([[entry.value for entry in found] for found in entries])
+        self._member = arrays, state
         self.state_bytes = _bytes(state)
         self.member_bytes = self.state_bytes + 2 * _bytes(arrays)
         self.compile_seconds = 0.0
         self.step_seconds: float | None = None  # of the last steps of a block
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Future[Callable[..., Any]]] = {}
 
     def _first_step(self, values: dict[str, Array], arrays: list[Array], data: Any) -> Any:
         batch = self.task.batch(data, 0)
         if self.task.seeded_data:
             batch = jax.tree.map(lambda x: x[0], batch)
-        return self._step(values, (arrays, self._make(values).init(self.task.tree(arrays))), batch)
+        return self._compiled_step(values, (arrays, self._make(values).init(self.task.tree(arrays))), batch)
 
     def _step(self, values: dict[str, Array], member: tuple[list[Array], Any], batch: Any) -> tuple[Any, Any]:
         task = self.task
@@ -267,17 +270,31 @@ class Program:
         after, state = rule.apply(grads, state, before, **extra_for(rule, extra))
         return (task.arrays(after), state), self._record(Step(loss, aux, grads, before, after, state))
 
-    def _begin(self, values: dict[str, Array], hyper: list[Any], starts: list[Array]) -> Any:
-        def member(values: dict[str, Array], hyper: list[Any], arrays: list[Array]) -> Any:
-            state = self._make(values).init(self.task.tree(arrays))
-            return arrays, replace_hyperparameters(state, dict(zip(self._addresses, hyper, strict=True)))
+    def begin(self, points: np.ndarray, starts: list[Array]) -> Any:
+        """What `_advance` begins with: parameters and states, (points, seeds, ...), and curves, (steps, points, seeds).
 
-        members = _over(member, points=(0, 0, None), seeds=(None, None, 0))(values, hyper, starts)
-        shape = (self.task.steps, *jax.tree.leaves(members)[0].shape[:2])
-        return members, {name: jnp.zeros(shape, x.dtype) for name, x in self._recorded.items()}
+        States are born one by one, outside of any program, and joined without one: that compiles nothing.
+        """
+        shape = len(points), len(starts[0])
+        states = [self._born(self.rules[k], starts) for k in points]
+        arrays = [np.broadcast_to(np.asarray(x), (len(points), *x.shape)) for x in starts]
+        curves = {name: np.zeros((self.task.steps, *shape), x.dtype) for name, x in self._recorded.items()}
+        return (arrays, _joined(states)), curves
+
+    def _born(self, rule: Rule, starts: list[Array]) -> Any:
+        """The states of a rule, (seeds, ...)."""
+
+        def born(arrays: list[Array]) -> Any:
+            return rule.init(self.task.tree(arrays))
+
+        # Most have one seed, and batched operations take longer.
+        state = jax.vmap(born)(starts) if len(starts[0]) > 1 else _joined([born([x[0] for x in starts])])
+        if jax.tree.structure(state) != jax.tree.structure(self._member[1]):
+            raise TypeError(f"{rule} has a state of another structure than the other points of the grid")
+        return state
 
     def _advance(self, carry: Any, values: dict[str, Array], data: Any, start: Array, stop: Array) -> Any:
-        step = _over(self._step, points=(0, 0, None), seeds=(None, 0, 0 if self.task.seeded_data else None))
+        step = _over(self._compiled_step, points=(0, 0, None), seeds=(None, 0, 0 if self.task.seeded_data else None))
 
         def body(i: Array, carry: Any) -> Any:
             members, curves = carry
@@ -294,15 +311,33 @@ class Program:
 
         return _over(member, points=(0, 0), seeds=(0, 0))(*members)
 
-    def call(self, function: str, *args: Any, donate: Sequence[int] = ()) -> Any:
-        """Runs one of the functions above, which is compiled for each shape of its arguments."""
+    def carry_like(self, points: int, seeds: int) -> Any:
+        """The shapes and dtypes of what `_advance` carries."""
+
+        def stacked(x: Any) -> Any:
+            return jax.ShapeDtypeStruct((points, seeds, *x.shape), x.dtype)
+
+        shape = self.task.steps, points, seeds
+        curves = {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in self._recorded.items()}
+        return jax.tree.map(stacked, self._member), curves
+
+    def compiled(self, function: str, *args: Any, donate: Sequence[int] = ()) -> "Future[Callable[..., Any]]":
+        """One of the functions above, being compiled for arguments like these while other things are done."""
         leaves, treedef = jax.tree.flatten(args)
-        key = function, treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        key = function, treedef, tuple(map(jax.typeof, leaves))
         if key not in self._compiled:
             began = time.perf_counter()
-            self._compiled[key] = jax.jit(getattr(self, function), donate_argnums=donate).lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - began
-        return self._compiled[key](*args)
+            lowered = jax.jit(getattr(self, function), donate_argnums=donate).lower(*args)
+
+            def compile_it() -> Callable[..., Any]:
+                program = lowered.compile()
+                self.compile_seconds += time.perf_counter() - began
+                return program
+
+            thread = ThreadPoolExecutor(1)
+            self._compiled[key] = thread.submit(compile_it)
+            thread.shutdown(wait=False)
+        return self._compiled[key]
 
 
 class Block:
@@ -310,34 +345,42 @@ class Block:
 
     def __init__(self, program: Program, points: np.ndarray | None = None, seeds: np.ndarray | None = None) -> None:
         task = program.task
-        picked = np.arange(len(program.points)) if points is None else points
+        picked = np.arange(len(program.rules)) if points is None else points
         self._program, self.done, self.seconds = program, 0, 0.0
-        self._values = {name: values[picked] for name, values in program._values.items()}
+        self._values = {name: values[picked] for name, values in program.values.items()}
         of_seeds = (lambda x: x) if seeds is None or len(seeds) == len(task.seeds) else (lambda x: x[seeds])
         self._data = jax.tree.map(of_seeds, task.data) if task.seeded_data else task.data
-        hyper = jax.tree.map(lambda x: x[picked], program._hyper)
-        self._carry = program.call("_begin", self._values, hyper, list(map(of_seeds, task.starts)))
+        starts = list(map(of_seeds, task.starts))
+        self._carry = program.carry_like(len(picked), len(starts[0]))
+        self._run = program.compiled("_advance", *self._arguments(0), donate=(0,))
+        self._carry = program.begin(picked, starts)
+
+    def wait(self) -> None:
+        """Until it is compiled, so that nothing else is done while others are timed."""
+        self._run.result()
 
     def advance(self, seconds: float = math.inf) -> int:
         """Trains for about as long as this, at most to the task's end, and waits. Returns how many steps it was.
 
-        How long a step takes is not known at first: then it is one step.
+        How long a step takes is not known at first: then it is one step. Compiles nothing, so that several blocks can
+        be trained at once, each by a thread.
         """
         program = self._program
         pace = program.step_seconds
         wanted = 1 if pace is None else max(1, min(seconds / pace, program.task.steps))
         steps = min(int(wanted), program.task.steps - self.done)
-        bounds = np.int32(self.done), np.int32(self.done + steps)
-        compiling = program.compile_seconds
+        run = self._run.result()
         began = time.perf_counter()
-        carry = program.call("_advance", self._carry, self._values, self._data, *bounds, donate=(0,))
-        self._carry = jax.block_until_ready(carry)
-        taken = time.perf_counter() - began - (program.compile_seconds - compiling)
+        self._carry = jax.block_until_ready(run(*self._arguments(steps)))
+        taken = time.perf_counter() - began
         if steps:
             program.step_seconds = taken / steps
         self.seconds += taken
         self.done += steps
         return steps
+
+    def _arguments(self, steps: int) -> tuple[Any, ...]:
+        return self._carry, self._values, self._data, np.int32(self.done), np.int32(self.done + steps)
 
     def curves(self) -> dict[str, np.ndarray]:
         """What was recorded, (points, seeds, steps); NaN, or 0 for integers, where it is not trained yet."""
@@ -353,7 +396,13 @@ class Block:
         """What the task's `evaluate` gives, (points, seeds)."""
         if self._program.task.evaluate is None:
             return {}
-        return {name: np.asarray(x) for name, x in self._program.call("_evaluate", self._carry[0]).items()}
+        evaluate = self._program.compiled("_evaluate", self._carry[0])
+        return {name: np.asarray(x) for name, x in evaluate.result()(self._carry[0]).items()}
+
+    def member(self, point: int = 0, seed: int = 0) -> tuple[Any, Any]:
+        """The parameters and the state that a member has now, by its places in the block."""
+        arrays, state = jax.tree.map(lambda x: x[point, seed], self._carry[0])
+        return self._program.task.tree(arrays), state
 
 
 def _over(
