@@ -20,6 +20,8 @@ from jaxopt_rules.directions import scale_by_leaf_rms as scale_by_leaf_rms
 from jaxopt_rules.directions import scale_by_path as scale_by_path
 from jaxopt_rules.directions import sign as sign
 from jaxopt_rules.directions import trust_ratio as trust_ratio
+from jaxopt_rules.display import load_ipython_extension as load_ipython_extension
+from jaxopt_rules.display import unload_ipython_extension as unload_ipython_extension
 from jaxopt_rules.explain import explain as explain
 from jaxopt_rules.gates import accumulate as accumulate
 from jaxopt_rules.gates import microbatch as microbatch

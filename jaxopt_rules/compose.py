@@ -36,8 +36,8 @@ class Composed(Definition):
 
     @property
     def members(self) -> Sequence[tuple[tuple[str | int, ...], Definition]]:
-        """Its members, each with the place of its state in the whole state."""
-        raise NotImplementedError
+        """What stands behind its parts, each with the place of its state in the whole state."""
+        return [(place, definition_of(rule)) for place, rule in self.parts]
 
     def seen(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Any]]:
         """For each member, the leaves as it sees them: `None` for what is not its own."""
@@ -83,9 +83,9 @@ class _Chain(Composed):
     rules: tuple[Rule, ...]
 
     @property
-    def members(self) -> Sequence[tuple[tuple[str | int, ...], Definition]]:
+    def parts(self) -> Sequence[tuple[tuple[str | int, ...], Rule]]:
         names = range(len(self.rules)) if self.names is None else self.names
-        return [((name,), definition_of(rule)) for name, rule in zip(names, self.rules, strict=True)]
+        return [((name,), rule) for name, rule in zip(names, self.rules, strict=True)]
 
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         columns = [[Share()] * len(leaves)] + [member.shares(paths, leaves) for _, member in self.members]
@@ -278,8 +278,8 @@ class _Groups(Composed):
     passes: bool = False  # whether the gradient of what belongs to no rule passes through; else it is absent
 
     @property
-    def members(self) -> Sequence[tuple[tuple[str | int, ...], Definition]]:
-        return [((label,) if self.labelled else (), definition_of(rule)) for label, rule in self.rules.items()]
+    def parts(self) -> Sequence[tuple[tuple[str | int, ...], Rule]]:
+        return [((label,) if self.labelled else (), rule) for label, rule in self.rules.items()]
 
     def seen(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Any]]:
         owners = self.owners(paths, leaves)
@@ -454,6 +454,10 @@ class Wrapper(Clocked):
     rule: Rule
 
     @property
+    def parts(self) -> Sequence[tuple[tuple[str | int, ...], Rule]]:
+        return [((0,), self.rule)]
+
+    @property
     def place(self) -> Place:
         return definition_of(self.rule).place
 
@@ -513,8 +517,8 @@ class _Cautious(Composed):
     rule: Rule
 
     @property
-    def members(self) -> Sequence[tuple[tuple[str | int, ...], Definition]]:
-        return [((), definition_of(self.rule))]
+    def parts(self) -> Sequence[tuple[tuple[str | int, ...], Rule]]:
+        return [((), self.rule)]
 
     def shares(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Share]:
         return definition_of(self.rule).shares(paths, leaves)

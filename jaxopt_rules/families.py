@@ -34,6 +34,15 @@ class Family(NamedTuple):
         return tuple(name for name in self.own if name not in ("count", "hyper", "metrics", "key"))
 
 
+def access(state: Any, place: Place, name: str = "state") -> str:
+    """The expression that gives the part of a state at this place."""
+    text = name
+    for step in place:
+        text += ".inner" if is_family(state) else f"[{step!r}]"
+        state = state.inner if is_family(state) else state[step]
+    return text
+
+
 def is_family(state: Any) -> bool:
     """Whether this is the state of a rule that a lift or a wrapper made."""
     return getattr(type(state), "_fields", ())[:2] == ("count", "hyper")

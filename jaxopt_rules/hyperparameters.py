@@ -6,6 +6,7 @@ there 1 − 0.9999 is off by 2e-4.
 """
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +136,15 @@ def scheduled(stored_name: str, schedule: Callable[[Any], Any], count: Array) ->
     check(stored_name, value)
     # A copy: the state shares no buffer with what the schedule may hold.
     return jnp.array(encode(stored_name, value), jnp.result_type(float))
+
+
+def decimal(stored_name: str, stored: Any) -> float:
+    """The public value of a scalar, with the fewest digits that its precision tells apart: 0.9 where 0.1 is stored.
+
+    In float32, 1 − 0.1 is 0.89999998.
+    """
+    text = str(np.asarray(stored))
+    return float(1 - Decimal(text) if stored_name.startswith(COMPLEMENT) else text)
 
 
 def public_name(stored_name: str) -> str:

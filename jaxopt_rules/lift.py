@@ -24,7 +24,8 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from jaxopt_rules import trees
-from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
+from jaxopt_rules.display import make_readable
+from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, public_name, scheduled
 from jaxopt_rules.numerics import after, anew, is_inexact, real, widened
 from jaxopt_rules.rule import Definition, Place, Share, constructor
 from jaxopt_rules.schedules import Schedule
@@ -113,9 +114,16 @@ class Clocked(Definition):
     State: type
     hyper: Mapping[str, Any]  # by the name in the state: a number or a schedule
 
+    def __post_init__(self) -> None:
+        make_readable(self.State)
+
     @property
     def name(self) -> str:
         return self.State.__name__.removesuffix("State")
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        return {public_name(name): value for name, value in self.hyper.items()}
 
     @property
     def schedules(self) -> dict[Address, Schedule]:

@@ -8,7 +8,7 @@ pickle. Both are reached through the functions of the pair, so that a rule never
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, ParamSpec, cast
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxopt_rules import trees
+from jaxopt_rules import markup, trees
 from jaxopt_rules.hyperparameters import Address
 from jaxopt_rules.schedules import Schedule
 
@@ -97,6 +97,10 @@ class Rule(NamedTuple):
         written = getattr(self.update, "written", None)
         return str(written) if written else f"Rule(init={self.init!r}, update={self.update!r})"
 
+    def _repr_html_(self) -> str:
+        """The text as written, and below it the rules that it is made of, each with its own hyperparameters."""
+        return markup.table(("rule", "place", "hyperparameters"), list(_outline(self)))
+
 
 class Definition:
     """What a rule does. Subclasses are frozen; `Rule` holds them behind its two functions."""
@@ -115,6 +119,16 @@ class Definition:
     def gate(self) -> bool:
         """Whether it may decide to do nothing. What stands behind such a rule would act all the same."""
         return False
+
+    @property
+    def parts(self) -> "Sequence[tuple[tuple[str | int, ...], Rule]]":
+        """The rules that it is made of, each with the place of its state in the whole state."""
+        return ()
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """Its own, without those of its parts: numbers and schedules."""
+        return {}
 
     @property
     def schedules(self) -> dict[Address, Schedule]:
@@ -185,9 +199,31 @@ class Written:
         return hash(self.key)
 
     def __str__(self) -> str:
-        shown = [_text(value) for value in self.args]
-        shown += [f"{name}={_text(value)}" for name, value in self.kwargs.items()]
-        return f"{self.constructor.__name__}({', '.join(shown)})"
+        return _call(self.constructor, self.args, self.kwargs)
+
+    @property
+    def without_defaults(self) -> str:
+        """The text without the arguments that are as they would be if they were not given."""
+        parameters, args = self._bound.signature.parameters, list(self.args)
+        in_order = list(parameters.values())
+        while args and len(args) <= len(in_order) and _is_default(in_order[len(args) - 1], args[-1]):
+            args.pop()
+        given = {
+            name: value
+            for name, value in self.kwargs.items()
+            if name not in parameters or not _is_default(parameters[name], value)
+        }
+        return _call(self.constructor, args, given)
+
+
+def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
+    plain = value is None or isinstance(value, int | float | str)
+    return plain and type(value) is type(parameter.default) and value == parameter.default
+
+
+def _call(function: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    shown = [_text(value) for value in args] + [f"{name}={_text(value)}" for name, value in kwargs.items()]
+    return f"{function.__name__}({', '.join(shown)})"
 
 
 def _hashable(value: Any) -> Any:
@@ -378,6 +414,37 @@ class _Foreign(Definition):
 
     def update(self, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
         return self.pair.update(grads, state, params, **extra_for(self.pair, extra))
+
+
+def _outline(rule: Rule, label: str = "", depth: int = 0, given: bool = True) -> Iterator[tuple[str, str, str]]:
+    """A row for the rule and for each of those inside it: its text, its place in a chain, its hyperparameters."""
+    definition = definition_of(rule)
+    text = title(rule, given)
+    for _, part in definition.parts if depth else ():
+        # It has a row of its own.
+        text = text.replace(repr(part), "…", 1)
+    shown = [markup.code(f"{name} = ") + value_html(value) for name, value in definition.hyperparameters.items()]
+    place = ", ".join(filter(None, (definition.place, "gate" if definition.gate else None)))
+    name = f"{markup.faint(f'{label}: ')}" if label else ""
+    yield markup.indented(name + markup.code(text), depth), place, "".join(f"<div>{x}</div>" for x in shown)
+    for steps, part in definition.parts:
+        label = "".join(step for step in steps if isinstance(step, str))
+        yield from _outline(part, label, depth + 1, repr(part) in repr(rule))
+
+
+def title(rule: Rule, given: bool = True) -> str:
+    """The text of a rule; of a pair from elsewhere, the names of its functions without their addresses."""
+    if isinstance(rule.update, Update):
+        # One that was not given, but made inside of the other's constructor, has most often been handed all arguments.
+        return repr(rule) if given else rule.update.written.without_defaults
+    names = [getattr(function, "__qualname__", None) or type(function).__name__ for function in rule]
+    return f"({', '.join(names)})"
+
+
+def value_html(value: Any) -> str:
+    """An argument of a rule: as it shows itself, such as a schedule by its course, or by its text."""
+    show = getattr(value, "_repr_html_", None)
+    return markup.code(_text(value)) if show is None else show()
 
 
 def is_pair(x: Any) -> bool:

@@ -17,10 +17,14 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
+
+from jaxopt_rules import markup
 
 Schedule = Callable[[Any], ArrayLike]
 
@@ -119,6 +123,14 @@ class Formula:
                 shown.append(f"{entry.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        """For pictures: the counts at which it bends or jumps, up to the one from which on it tells nothing new."""
+        return ()
+
+    def _repr_html_(self) -> str:
+        return markup.code(repr(self)) + _picture(self)
+
     def __add__(self, other: "Schedule | float") -> "Combined":
         return _combined(self, "+", other)
 
@@ -146,6 +158,43 @@ class Formula:
     def clip(self, low: float | None = None, high: float | None = None) -> "Clipped":
         """min(max(value, low), high)."""
         return Clipped(self, low, high)
+
+
+_POINTS = 160  # of a picture
+
+
+def _picture(schedule: Formula) -> str:
+    """Its course, and in words its first value, its peak (or its lowest), and its last; nothing where it is unknown."""
+    knots = [min(max(knot, 0), _LARGEST_COUNT) for knot in schedule._knots]
+    if not any(knots) or _is_traced(schedule):
+        return ""
+    regular = np.linspace(0, max(knots), max(_POINTS - len(knots), 2)).round()
+    counts = np.sort(np.concatenate([regular, knots])).astype(np.int32)
+    try:
+        with jax.ensure_compile_time_eval():
+            # One program is compiled sooner than each of its operations.
+            values = np.asarray(jax.jit(lambda count: jnp.broadcast_to(schedule(count), count.shape))(counts), float)
+    except Exception:  # whatever a function that someone joined to it does: to show it raises nothing
+        return ""
+    if not np.isfinite(values).all():
+        return ""
+    # To the digits that float32 has: what is left of rounding is no course.
+    points = [(count, float(f"{value:.6g}")) for count, value in zip(counts.tolist(), values.tolist(), strict=True)]
+    first, last = points[0], points[-1]
+    highest, lowest = (extreme(points, key=lambda point: point[1]) for extreme in (max, min))
+    between = highest if highest[1] > first[1] else lowest
+    told = [f"{first[1]:.4g}"]
+    told += [f"{b[1]:.4g} at {b[0]}" for a, b in pairwise((first, between, last)) if b[1] != a[1]]
+    return markup.line_plot(*zip(*points, strict=True)) + markup.faint(" → ".join(told))
+
+
+def _is_traced(x: Any) -> bool:
+    parts = [getattr(x, entry.name) for entry in fields(cast(Any, x))] if isinstance(x, Formula) else x
+    return isinstance(x, Tracer) or (isinstance(parts, list | tuple) and any(map(_is_traced, parts)))
+
+
+def _knots_of(x: Schedule | float) -> tuple[int, ...]:
+    return x._knots if isinstance(x, Formula) else ()
 
 
 _OPERATORS = {"+": jnp.add, "-": jnp.subtract, "*": jnp.multiply, "/": jnp.divide}
@@ -178,11 +227,20 @@ class Combined(Formula):
         right = _in_parentheses_unless(_binding(self.right) > _binding(self), self.right)
         return f"{left} {self.operator} {right}"
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        return _knots_of(self.left) + _knots_of(self.right)
+
 
 def _combined(left: Any, operator: str, right: Any) -> Combined:
-    if all(callable(x) or (isinstance(x, Real) and not isinstance(x, bool)) for x in (left, right)):
+    left, right = (x.item() if _is_scalar(x) and not isinstance(x, Tracer) else x for x in (left, right))
+    if all(callable(x) or _is_scalar(x) or (isinstance(x, Real) and not isinstance(x, bool)) for x in (left, right)):
         return Combined(left, operator, right)
     return NotImplemented
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Array) and jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,6 +261,10 @@ class Clipped(Formula):
     def __repr__(self) -> str:
         bounds = [f"{name}={bound!r}" for name in ("low", "high") if (bound := getattr(self, name)) is not None]
         return f"{_in_parentheses_unless(_binding(self.schedule) > 2, self.schedule)}.clip({', '.join(bounds)})"
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        return _knots_of(self.schedule)
 
 
 @dataclass(frozen=True, repr=False)
@@ -239,6 +301,10 @@ class _Run(Formula):
 
     def __call__(self, count: ArrayLike) -> Array:
         return _between(self._shape, self.init, self.end, _elapsed(count, self.steps))
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        return (self.steps,)
 
 
 class Linear(_Run):
@@ -296,6 +362,10 @@ class Polynomial(Formula):
         log_left = jnp.where(done < left, jnp.log1p(-done), jnp.log(left))
         return self.init * left**self.power - self.end * jnp.expm1(self.power * log_left)
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        return (self.steps,)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Without an end
@@ -328,6 +398,13 @@ class Exponential(Formula):
         power = _power(self.factor, count // self.steps) if self.staircase else _power(self.factor, count, self.steps)
         return jnp.maximum(self.init * power, self.floor)
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        if self.factor == 1:
+            return ()
+        # To a hundredth, or a hundredfold; of a staircase at least five steps.
+        return (int(self.steps * max(5, math.log(100) / abs(math.log(self.factor)))),)
+
 
 @dataclass(frozen=True, repr=False)
 class Piecewise(Formula):
@@ -353,6 +430,12 @@ class Piecewise(Formula):
         values = self.init * np.cumprod([1.0, *dict(self.factors).values()])
         passed = jnp.searchsorted(jnp.asarray(self._boundaries, int), jnp.asarray(count), side="right")
         return jnp.asarray(values, jnp.result_type(float))[passed]
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        *_, before, last = (0, 0, *self._boundaries)
+        jumps = [count for boundary in self._boundaries for count in (boundary - 1, boundary)]
+        return (*jumps, 2 * last - before)
 
 
 @dataclass(frozen=True, repr=False)
@@ -384,6 +467,11 @@ class InverseSqrt(Formula):
             return self.peak * jnp.sqrt(timescale / (jnp.maximum(since, 0) + timescale).astype(jnp.result_type(float)))
 
         return Warmup(decay, self.warmup)(jnp.asarray(count))
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        # At the last, a third of the peak is left.
+        return self.warmup, self.warmup + 8 * (self.timescale or self.warmup or 10_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +522,12 @@ class CosineRestarts(Formula):
             "cosine", self.init * _power(self.decay, cycle), self.end, (done / length, (length - done) / length)
         )
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        starts = [self.steps * sum(self.mult**i for i in range(cycles)) for cycles in (1, 2, 3)]
+        jumps = [count for start in starts[:2] for count in (start - 1, start)]
+        return (*jumps, starts[2] - 1)
+
 
 @dataclass(frozen=True, repr=False)
 class Cyclic(Formula):
@@ -477,6 +571,11 @@ class Cyclic(Formula):
         elif self.mode == "exp_range":
             height = height * _power(self.gamma, count)
         return self.low * (1 - height) + self.high * height
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        length = self.steps_up + (self.steps_down or self.steps_up)
+        return tuple(cycle * length + knot for cycle in range(3) for knot in (self.steps_up, length))
 
 
 @dataclass(frozen=True, repr=False)
@@ -531,6 +630,11 @@ class OneCycle(Formula):
                 phase = _between(self.shape, first, last, _elapsed(count, stop, start))
                 value = jnp.where(count < stop, phase, value)
         return value
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        peak = int(self.warmup * self.steps)
+        return peak, peak + 1, 2 * peak, self.steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +695,10 @@ class WarmupStableDecay(Formula):
         rise = _between("linear", self.init, self.peak, _elapsed(count, self.warmup))
         return jnp.where(jnp.asarray(count) < self.warmup, rise, fall)
 
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        return self.warmup, self.steps - self.decay, self.steps
+
 
 @dataclass(frozen=True, repr=False)
 class Warmup(Formula):
@@ -618,6 +726,11 @@ class Warmup(Formula):
         peak = jnp.asarray(after(jnp.zeros_like(count)))
         ramp = _between("linear", self.init, peak, _elapsed(count, self.steps))
         return jnp.where(count < self.steps, ramp, after(jnp.maximum(count - self.steps, 0)))
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        behind = _knots_of(self.schedule) or (self.steps,)
+        return self.steps, *(self.steps + knot for knot in behind)
 
 
 @dataclass(frozen=True, repr=False)
@@ -647,3 +760,12 @@ class Join(Formula):
         for start, schedule in zip(self.boundaries, self.schedules[1:], strict=True):
             value = jnp.where(count < start, value, schedule(jnp.maximum(count - start, 0)))
         return value
+
+    @property
+    def _knots(self) -> tuple[int, ...]:
+        starts = (0, *self.boundaries)
+        knots = [count for start in self.boundaries for count in (start - 1, start)]
+        for start, stop, schedule in zip(starts, (*self.boundaries, math.inf), self.schedules, strict=True):
+            knots += [start + knot for knot in _knots_of(schedule) if start + knot < stop]
+        # What stays as it is takes a quarter of what was before.
+        return (*knots, starts[-1] + starts[-1] // 4) if not _knots_of(self.schedules[-1]) else tuple(knots)

@@ -16,9 +16,8 @@ from jax import Array
 from jaxopt_rules import trees
 from jaxopt_rules.families import (
     Family,
-    Place,
+    access,
     families,
-    is_family,
     is_record,
     map_families,
     map_nodes,
@@ -205,19 +204,10 @@ def find(state: Any, State: type[T]) -> T:
         *others, last = [node.place for node in found]
         unlike = (last[:n] for n in range(len(last) + 1) if all(place[:n] != last[:n] for place in others))
         raise ValueError(
-            f"the state has several {State.__name__}: {', '.join(_access(state, node.place) for node in found)}; "
-            f"look for one in a part of the state: find({_access(state, next(unlike))}, {State.__name__})"
+            f"the state has several {State.__name__}: {', '.join(access(state, node.place) for node in found)}; "
+            f"look for one in a part of the state: find({access(state, next(unlike))}, {State.__name__})"
         )
     return found[0].state
-
-
-def _access(state: Any, place: Place) -> str:
-    """The expression that gives the part of a state at this place."""
-    text = "state"
-    for step in place:
-        text += ".inner" if is_family(state) else f"[{step!r}]"
-        state = state.inner if is_family(state) else state[step]
-    return text
 
 
 def reset(rule: Rule, state: Any, params: Any, where: Selector | None = None) -> Any:

@@ -17,7 +17,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from html import escape
 from typing import Any, ClassVar, cast
 
 import jax
@@ -27,10 +27,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.tree_util import DictKey, tree_flatten_with_path
 
-from jaxopt_rules import trees, variables
+from jaxopt_rules import markup, trees, variables
 from jaxopt_rules.averages import eval_params
 from jaxopt_rules.compose import chain
-from jaxopt_rules.hyperparameters import COMPLEMENT, Address, Scheduled, check, encode, scheduled
+from jaxopt_rules.families import families
+from jaxopt_rules.hyperparameters import Address, Scheduled, check, decimal, encode, scheduled
 from jaxopt_rules.numerics import is_inexact
 from jaxopt_rules.parameters import Model, Parameter, holding, is_model, named_parameters
 from jaxopt_rules.rule import (
@@ -42,6 +43,8 @@ from jaxopt_rules.rule import (
     is_constructor,
     is_pair,
     not_an_update,
+    title,
+    value_html,
 )
 from jaxopt_rules.rules.adam import adam, adamw
 from jaxopt_rules.rules.sgd import momentum as momentum_rule
@@ -56,6 +59,7 @@ from jaxopt_rules.state import (
     replace_hyperparameters,
     state_dict,
 )
+from jaxopt_rules.tables import size_text
 from jaxopt_rules.trees import Structure
 from jaxopt_rules.variables import LossOfModule, is_module
 
@@ -391,9 +395,7 @@ class Optimizer:
         entry = self._fields[field]
         if isinstance(entry.value, Scheduled):
             return definition_of(self._rule).schedules[entry.address]
-        stored = str(np.asarray(self._leaves[entry.value]))
-        # In decimals 1 − 0.9 is 0.1, which it is not in float32.
-        return float(1 - Decimal(stored) if entry.key.startswith(COMPLEMENT) else stored)
+        return decimal(entry.key, self._leaves[entry.value])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
@@ -465,6 +467,20 @@ class Optimizer:
         shown = fields if self._aliases or type(self) is not Optimizer else repr(self._rule)
         hook = f", hook={list(self._hook)!r}" if self._hook else ""
         return f"{type(self).__name__}({shown}{hook})"
+
+    def _repr_html_(self) -> str:
+        """The rule, and what it is at now: hyperparameters, the number of updates, and the size of the state."""
+        rows = [["rule", markup.code(title(self._rule))]]
+        rows += [["hook", markup.code(repr(list(self._hook)))]] if self._hook else []
+        for name in self._field_names():
+            shown, entry = getattr(self, name), self._fields[cast(str, self._field(name))]
+            position = entry.value.value if isinstance(entry.value, Scheduled) else entry.value
+            now = markup.faint(f", now {decimal(entry.key, self._leaves[position])!r}") if callable(shown) else ""
+            rows.append([escape(name), value_html(shown) + now])
+        counts = [int(family.state.count) for family in families(self._state["rule"])]
+        rows += [["updates", str(max(counts))]] if counts else []
+        rows.append(["state", size_text(sum(leaf.nbytes for leaf in self._leaves))])
+        return markup.table((type(self).__name__, ""), rows)
 
     def __copy__(self) -> "Optimizer":
         """An optimizer in the same state, which goes on by itself."""

@@ -19,10 +19,11 @@ PACKAGE = Path(jr.__file__).parent
 
 # A module may import those in front of it. Modules on one line do not import each other.
 ORDER = [
+    ["markup"],
     ["numerics", "schedules", "hyperparameters", "tables", "variables"],
     ["trees"],
     ["select", "parameters", "families"],
-    ["rule"],
+    ["rule", "display"],
     ["lift"],
     ["apply", "hooks", "updates", "compose"],
     ["descend", "matrices", "directions", "gates", "averages"],
@@ -33,6 +34,7 @@ ORDER = [
     ["interop"],
     ["conformance"],
     ["experiments"],
+    ["commands"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

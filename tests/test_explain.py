@@ -56,7 +56,7 @@ def test_html():
     html = jr.explain(RULE, PARAMS)._repr_html_()
     assert html.count("<tr>") == 1 + len(ALL)
     assert ">embed/w</td>" in html
-    assert "120 B" in html
+    assert "120&nbsp;B" in html
 
 
 def test_rows_are_plain_values():

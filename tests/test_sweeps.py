@@ -61,6 +61,7 @@ GRIDS = {
     "rates and decays": (jr.adamw, {"learning_rate": [1e-3, 0.03, 0.1], "weight_decay": [0.0, 0.3]}, 1),
     "decay rates near 1": (jr.adam, {"learning_rate": [0.05], "b1": [0.0, 0.9], "b2": [0.99, 0.9999, 0.999999]}, 1),
     "a number in a schedule": (scheduled, {"rate": [0.01, 0.1, 0.3]}, 1),
+    "a factor of a schedule": (lambda rate: jr.adam(jr.Cosine(1.0, 10) * rate), {"rate": [0.01, 0.1, 0.3]}, 1),
     "beside what is known when built": (scheduled, {"rate": [0.01, 0.1], "steps": [4, 10]}, 2),
     "a flag": (jr.sgd, {"learning_rate": [0.1, 0.2], "momentum": [0.9], "nesterov": [False, True]}, 2),
     "None": (jr.sgd, {"learning_rate": [0.1, 0.2], "momentum": [None, 0.9]}, 2),
