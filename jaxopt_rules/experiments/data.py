@@ -1,8 +1,13 @@
-"""Tables to train on: scikit-learn's digits, or a CSV file, as standardized arrays in two parts."""
+"""What to train on: tables of scikit-learn's or from a CSV file, standardized, and Python's own source as text.
 
+Each comes in two parts, to train on and to test on.
+"""
+
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,12 +38,42 @@ class Dataset:
 
 def digits(seed: int) -> Dataset:
     """1797 images of 8 x 8 pixels, each of one of ten digits, from scikit-learn."""
-    from sklearn.datasets import load_digits
+    return _shipped("digits", 10, seed)
 
-    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
-    train, test = _split(len(pixels), seed)
-    x, t = _standardized(pixels, train), labels.astype(np.int32)
-    return Dataset("digits", x[train], t[train], x[test], t[test], classes=10)
+
+def wine(seed: int) -> Dataset:
+    """178 wines of three growers, 13 chemical measurements of each, from scikit-learn."""
+    return _shipped("wine", 3, seed)
+
+
+def breast_cancer(seed: int) -> Dataset:
+    """569 tumours, malignant or benign, 30 measurements of the cells of each, from scikit-learn."""
+    return _shipped("breast_cancer", 2, seed)
+
+
+def diabetes(seed: int) -> Dataset:
+    """442 patients, 10 measurements of each, and how far the disease went in a year (regression), from scikit-learn."""
+    return _shipped("diabetes", None, seed)
+
+
+DATASETS: Mapping[str, Callable[[int], Dataset]] = {
+    "digits": digits,
+    "wine": wine,
+    "breast_cancer": breast_cancer,
+    "diabetes": diabetes,
+}
+"""The tables that come with scikit-learn, by name: `DATASETS["wine"](seed)`."""
+
+
+def _shipped(name: str, classes: int | None, seed: int) -> Dataset:
+    from sklearn import datasets
+
+    load: Callable[..., Any] = getattr(datasets, f"load_{name}")
+    features, target = map(np.asarray, load(return_X_y=True))
+    train, test = _split(len(features), seed)
+    x = _standardized(features, train)
+    t = _standardized(target[:, None], train) if classes is None else target.astype(np.int32)
+    return Dataset(name, x[train], t[train], x[test], t[test], classes)
 
 
 def read_csv(path: str, target: str, seed: int) -> Dataset:
@@ -79,6 +114,69 @@ def read_csv(path: str, target: str, seed: int) -> Dataset:
     x = np.hstack([numbers, *texts])
     t, classes = _target(t, target in numeric, train)
     return Dataset(Path(path).name, x[train], t[train], x[test], t[test], classes, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as numbers of symbols, to train on and to test on."""
+
+    name: str
+    alphabet: str  # symbol i is alphabet[i]; the last one stands for all others
+    train: np.ndarray  # (characters,) uint8
+    test: np.ndarray
+
+    def decode(self, symbols: Any) -> str:
+        """The text that these numbers, a sequence of them, stand for."""
+        return "".join(self.alphabet[i] for i in np.asarray(symbols).ravel())
+
+
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n\N{REPLACEMENT CHARACTER}"
+"""Printable ASCII, the end of a line, and one symbol for everything else: 97 symbols."""
+
+# Modules of Python 3.11 to 3.14 that are files of prose and code, and no tables.
+_MODULES = """
+    argparse ast asyncio/base_events asyncio/tasks bdb calendar cmd codecs collections/__init__ configparser contextlib
+    csv dataclasses difflib doctest email/message enum fractions functools heapq inspect ipaddress json/encoder
+    logging/__init__ mailbox multiprocessing/pool optparse os pickle plistlib pprint random shutil smtplib socket
+    statistics subprocess tarfile tempfile textwrap threading tokenize traceback typing unittest/case unittest/mock
+    urllib/parse urllib/request uuid weakref
+"""
+
+
+def source_text(characters: int = 1_000_000, seed: int = 0) -> Text:
+    """Source of Python's own standard library, as symbols of `ALPHABET`. Each version of Python has its own.
+
+    The last tenth of each module is for testing.
+
+    Args:
+      characters: how many there are in all: at most those of the modules, which are over two million.
+      seed: of the order in which the modules follow each other.
+
+    Raises:
+      UserError: the modules have fewer characters, or this Python has no sources.
+    """
+    folder = Path(os.__file__).parent
+    train, test, missing = [], [], characters
+    for name in np.random.default_rng(seed).permutation(_MODULES.split()):
+        try:
+            module = (folder / f"{name}.py").read_text(encoding="utf-8")[:missing]
+        except OSError as error:
+            raise UserError(f"cannot read the source of Python's standard library: {error}") from error
+        missing -= len(module)
+        end = len(module) - len(module) // 10
+        train.append(module[:end])
+        test.append(module[end:])
+    if missing:
+        raise UserError(f"there are {characters - missing} characters of source, and {characters} are asked for")
+    return Text("source", ALPHABET, _symbols("".join(train)), _symbols("".join(test)))
+
+
+def _symbols(text: str) -> np.ndarray:
+    """For each character, its place in `ALPHABET`."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    places = np.full(128, len(ALPHABET) - 1, np.uint8)
+    places[[ord(c) for c in ALPHABET[:-1]]] = np.arange(len(ALPHABET) - 1)
+    return places[np.minimum(codes, 127)]
 
 
 def _read(path: str) -> "pd.DataFrame":
