@@ -4,52 +4,44 @@ Tests marked `x64` run in the second alone, all others in the first alone. Those
 they add, and run where `-m thorough` asks for them, which CI does in both modes.
 """
 
+import gc
 import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
-
-# Programs of tests run for milliseconds: to compile them is what they cost. It concerns machine code alone, and so
-# neither temporaries nor copies. JAX reads it when it first needs a device.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest
 
 import jaxopt_rules as jr
 
+# XLA makes loops of fused operations in a way that takes twice as long to compile as the one before it, which the
+# newest jax no longer has: CI runs the laws and the numbers with both.
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+HAS_A_CHOICE = jax.__version_info__ < (0, 11)
+
+# Programs of tests run for milliseconds: to compile them is what they cost. JAX reads it when it first needs a device.
+FLAGS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FLAGS |= {FUSION_EMITTERS: False} if HAS_A_CHOICE else {}
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}={value}".lower() for flag, value in FLAGS.items()))
+
+# What XLA is told where a program is compiled for its values and runs once.
+QUICK = FLAGS | {"xla_cpu_parallel_codegen_split_count": 1}
+
 # The laws about sharding need a mesh of more than one device.
 jax.config.update("jax_num_cpu_devices", 2)
 
-
-# What XLA is told where a program is compiled for its values and runs once: to compile it is what it costs.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,  # not known to jax 0.12
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
-
-@cache
-def quick_options() -> dict[str, int | bool]:
-    """Those that this version of XLA knows."""
-
-    def known(option: str) -> bool:
-        try:
-            jax.jit(lambda: 0, compiler_options={option: QUICK[option]})()
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" in str(error):
-                return False
-            raise
-        return True
-
-    return {option: QUICK[option] for option in QUICK if known(option)}
+# The lines of code that a program notes for each operation are for profilers, and take a tenth of the tests' time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def quick_jit(function: Callable, **keywords) -> Callable:
-    """`jax.jit` that compiles several times as fast; for values, not for facts about programs or their speed."""
-    return jax.jit(function, compiler_options=quick_options(), **keywords)
+    """`jax.jit` that compiles faster; for values, not for facts about programs or their speed."""
+    return jax.jit(function, compiler_options=QUICK, **keywords)
+
+
+def as_shipped(function: Callable, **keywords) -> Callable:
+    """`jax.jit` for facts about programs, such as temporaries and copies, with the loops that users get."""
+    return jax.jit(function, compiler_options={FUSION_EMITTERS: True} if HAS_A_CHOICE else None, **keywords)
 
 
 def _step(rule: jr.Rule, by_pair: bool, params: Any, state: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
@@ -70,11 +62,17 @@ def stepped(rule: jr.Rule, params: Any, state: Any, grads: Any, *, by_pair: bool
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wide = bool(jax.config.read("jax_enable_x64"))
     asked_for = "thorough" in config.getoption("markexpr")
-    chosen = [
-        item
-        for item in items
-        if (item.get_closest_marker("x64") is not None) == wide
-        and (asked_for or item.get_closest_marker("thorough") is None)
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+
+    def runs(item: pytest.Item) -> bool:
+        has_the_width = (item.get_closest_marker("x64") is not None) == wide
+        return has_the_width and (asked_for or item.get_closest_marker("thorough") is None)
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = filter(runs, items)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through for garbage; what is traced is looked through less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)

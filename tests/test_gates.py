@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import quick_jit, stepped
+from conftest import as_shipped, quick_jit, stepped
 from reference import core as ref
 from table import wrappers as table_of_wrappers
 from table.row import ADAM, WARMUP_COSINE, each, warmup_cosine
@@ -887,7 +887,7 @@ def test_microbatch_needs_less_memory():
         return jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
 
     def temporaries(function):
-        program = jax.jit(function).lower(jnp.ones((64, 64)), jnp.ones((4096, 64))).compile()
+        program = as_shipped(function).lower(jnp.ones((64, 64)), jnp.ones((4096, 64))).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(jr.microbatch(loss, 8)) < temporaries(jax.value_and_grad(loss)) / 4

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import quick_jit, quick_options
+from conftest import QUICK, quick_jit
 from table import ROWS, Row
 
 import jaxopt_rules as jr
@@ -20,7 +20,7 @@ eqx = pytest.importorskip("equinox")
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 Y = np.sin(X @ np.ones((3, 1), np.float32))
-quick_filter_jit = partial(eqx.filter_jit, compiler_options=quick_options())
+quick_filter_jit = partial(eqx.filter_jit, compiler_options=QUICK)
 
 
 class Net(eqx.Module):

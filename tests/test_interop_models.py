@@ -376,9 +376,11 @@ def test_paths_of_a_model(make):
 @models
 @pytest.mark.parametrize("name", RULES)
 def test_three_ways_to_train_a_model(make, name):
-    """`apply` on the model, `Optimizer` on the model, and `apply` on the flat dict."""
+    """`apply` on the model, `Optimizer` on the model, and `apply` on the flat dict, along the same gradients.
+
+    A bias in front of a normalization has gradients of the size of roundings, which Adafactor makes large.
+    """
     rule, model = RULES[name](), make()
-    treedef = flatten(model.params)[1]
     value_and_grad = gradient_of(make)
     params, state = model.params, rule.init(model.params)
     flat, of_flat = as_flat(params), rule.init(as_flat(params))
@@ -387,10 +389,10 @@ def test_three_ways_to_train_a_model(make, name):
     for _ in range(3):
         loss, grads = value_and_grad(params)
         losses.append(float(loss))
-        updated = optimizer.update(updated, value_and_grad(updated)[1])
-        of_flat_grads = as_flat(value_and_grad(jax.tree.unflatten(treedef, flat.values()))[1])
-        flat, of_flat = stepped(rule, flat, of_flat, of_flat_grads)
+        updated = optimizer.update(updated, grads)
+        flat, of_flat = stepped(rule, flat, of_flat, as_flat(grads))
         params, state = stepped(rule, params, state, grads)
+    np.testing.assert_allclose(value_and_grad(updated)[0], value_and_grad(params)[0], rtol=1e-4)
     assert losses[-1] < losses[0]
     assert jax.tree.structure(params) == jax.tree.structure(updated) == jax.tree.structure(model.params)
     close = partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)

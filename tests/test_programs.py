@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import as_shipped
 from table import ROWS, Row
 
 import jaxopt_rules as jr
@@ -32,7 +33,7 @@ def compiled(rule, grad_dtype=jnp.float32, dtype=jnp.float32, by_pair=False, **e
         updates, state = rule.update(grads, state, params, **extra)
         return jr.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, rule.init(params), grads).compile()
+    return as_shipped(step, donate_argnums=(0, 1)).lower(params, rule.init(params), grads).compile()
 
 
 def copies(program) -> int:
@@ -71,7 +72,7 @@ def test_a_norm_of_ones_own_beside_the_step_needs_none():
     def step(params, state, grads):
         return *rule.apply(grads, state, params), jr.global_norm(grads)
 
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, rule.init(PARAMS), PARAMS).compile()
+    program = as_shipped(step, donate_argnums=(0, 1)).lower(PARAMS, rule.init(PARAMS), PARAMS).compile()
     assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
 
 
@@ -239,7 +240,7 @@ def with_step(row: Row) -> jr.Rule:
 def test_an_outer_program_holds_a_leaf_function_once_per_shape():
     params = {str(i): jnp.ones(SHAPE) for i in range(LEAVES)}
     rule = jr.adamw()
-    text = jax.jit(rule.update).lower(params, rule.init(params), params).as_text()
+    text = as_shipped(rule.update).lower(params, rule.init(params), params).as_text()
     assert len(re.findall(r"func\.func private @adam_decoupled\b", text)) == 1
     assert len(re.findall(r"call @adam_decoupled\b", text)) == LEAVES
 
@@ -269,7 +270,7 @@ LARGE = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(8)}
 )
 def test_gates_inside_groups_stay_branches_without_temporaries(rule):
     state = jax.eval_shape(rule.init, LARGE)
-    step = jax.jit(lambda params, state, grads: rule.apply(grads, state, params), donate_argnums=(0, 1))
+    step = as_shipped(lambda params, state, grads: rule.apply(grads, state, params), donate_argnums=(0, 1))
     program = step.lower(LARGE, state, LARGE).compile()
     assert "conditional(" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes <= FEW_KB
@@ -279,5 +280,5 @@ def test_the_history_of_lbfgs_is_written_in_place():
     rule, m = jr.lbfgs_direction(10), 10
     params = {"x": jnp.zeros(1 << 16)}
     state = jax.eval_shape(rule.init, params)
-    compiled = jax.jit(rule.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    compiled = as_shipped(rule.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * params["x"].nbytes < m * params["x"].nbytes
