@@ -235,7 +235,7 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Tracer):
         raise TypeError("a rule with a traced hyperparameter cannot be compared or hashed")
     if trees.is_key(value):
-        return str(value.dtype), _hashable(jax.random.key_data(value))
+        return str(value.dtype), _hashable(_key_data(value))
     if isinstance(value, jax.Array | np.ndarray):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
     return value
@@ -250,9 +250,15 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def _key_data(key: Any) -> np.ndarray:
+    """The numbers of a PRNG key, also where a program is traced: the key itself is not."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.key_data(key))
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, Tracer) and trees.is_key(value):
-        return f"wrap_key_data({jax.random.key_data(value).tolist()})"
+        return f"wrap_key_data({_key_data(value).tolist()})"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         return str(value.item()) if np.ndim(value) == 0 else repr(value)
     if callable(value) and not isinstance(value, Rule) and hasattr(value, "__name__"):

@@ -119,7 +119,7 @@ class Formula:
             text = repr(entry.metadata.get("written", lambda x: x)(value))
             if entry.default is MISSING:
                 shown.append(text)
-            elif value != entry.default:
+            elif isinstance(value, Tracer) or value != entry.default:
                 shown.append(f"{entry.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
 

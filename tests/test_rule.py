@@ -135,6 +135,13 @@ def test_a_pair_from_elsewhere_is_a_rule():
     np.testing.assert_allclose(new["w"], 2.0)
 
 
+def test_a_rule_with_a_key_prints_and_compares_while_something_is_traced():
+    one, other = (jr.add_noise(0.1, key=jax.random.key(3)) for _ in range(2))
+    seen = []
+    jax.make_jaxpr(lambda x: seen.append((repr(one), one == other, hash(one) == hash(other))) or x)(1.0)
+    assert seen == [(repr(one), True, True)]
+
+
 def test_constructors_take_traced_values():
     def loss(rate):
         rule = jr.sgd(rate)
