@@ -1,19 +1,17 @@
-"""The command line: what it prints and writes, and how it refuses."""
+"""The command `compare`: the documented optimizers, or rules, on tables and files."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from command_line import cells_of, check_png, check_refused
 from sklearn.datasets import load_diabetes, load_wine
 
-from jaxopt_rules import experiments
 from jaxopt_rules.__main__ import main
 from jaxopt_rules.experiments import documented
 from jaxopt_rules.experiments.data import UserError, digits, read_csv
@@ -25,14 +23,6 @@ PARAMETERS = 64 * 64 + 64 + 64 * 10 + 10  # of the model for digits
 def rows(printed):
     """The cells of the table's rows."""
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
-
-
-def check_png(path):
-    image = matplotlib.image.imread(path)
-    assert image.shape[0] > 400
-    assert image.shape[1] > 800
-    assert len(np.unique(image[::7, ::7].reshape(-1, 4), axis=0)) > 5
-    assert sorted(path.parent.iterdir()) == [path]
 
 
 def write(path, columns):
@@ -315,17 +305,8 @@ def test_unusable_data_is_refused_in_one_line(case, tmp_path, capsys):
         path.write_bytes(content)
     else:
         write(path, content)
-    check_refused(["--data", str(path), "--target", "y", "--out", str(tmp_path / "out")], message, capsys)
+    check_refused(["compare", "--data", str(path), "--target", "y", "--out", str(tmp_path / "out")], message, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def check_refused(arguments, message, capsys):
-    assert main(["compare", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("python -m jaxopt_rules: ")
-    assert message in captured.err
 
 
 @pytest.mark.parametrize(
@@ -344,43 +325,43 @@ def check_refused(arguments, message, capsys):
         (["--data", "/", "--target", "y"], "cannot read /: Is a directory"),
         (["--out", f"{__file__}/out"], "Not a directory; choose another --out"),
         (["--out", __file__], "File exists; choose another --out"),
-        (["--step", "5"], "unrecognized arguments: --step 5"),
+        (["--problem", "mnist"], "unknown problem 'mnist'; choose from digits, wine, breast-cancer, diabetes, source"),
+        (["--problem", "source"], "the documented optimizers learn tables; name rules to learn source"),
+        (["--problem", "wine", "--data", "x.csv", "--target", "y"], "--data takes the place of --problem"),
+        (["--seeds", "2"], "--seeds is for rules: name some, such as 'adamw(1e-3)'"),
+        (["--step", "5"], "unrecognized arguments: --step"),
         (["--steps"], "expected one argument"),
-        (["surplus\nof lines"], "unrecognized arguments: surplus of lines"),
+        (["surplus\nof lines"], "cannot read the rule 'surplus\\nof lines': invalid syntax"),
+        (["adamw(1e-3)", "--optimizers", "sgd"], "--optimizers chooses from the documented optimizers"),
+        (["a=adamw(1e-3)", "a = sgd(0.1)"], "two rules have the name 'a'; give them names, as in first=sgd(0.1)"),
+        (["sgd(1.0)", "--steps", "3", "--seconds", "1"], "--seconds: not allowed with argument --steps"),
+        (["sgd(1.0)", "--seconds", "0"], "--seconds: must be a positive number, not '0'"),
+        (["sgd(1.0)", "--by", "R2"], "unknown metric 'R2'; digits has loss, "),
+        (["sgd(1.0)", "adam_direction()"], "adam_direction() gives a direction, not an update; end it with step"),
+        (["sgd(1.0)", "adam(where='**/q')"], "adam: got an unexpected keyword argument 'where'"),
+        (["adamw(where='**/q')"], "adamw(where='**/q'): the pattern '**/q' matches none of 'hidden/0/b', 'hidden/0/w'"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(arguments, message, capsys):
-    check_refused(arguments, message, capsys)
-
-
-@pytest.mark.parametrize("argv", [[], ["train"]])
-def test_a_command_is_required(argv, capsys):
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert "COMMAND" in captured.err
-
-
-@pytest.mark.parametrize("package", ["sklearn", "pandas", "rich", "matplotlib"])
-def test_a_missing_package_is_named(package, diabetes, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "jaxopt_rules.experiments.documented")
-    monkeypatch.delattr(experiments, "documented")
-    for name in [package, *sys.modules]:
-        if name.partition(".")[0] == package:
-            monkeypatch.setitem(sys.modules, name, None)
-    data = [] if package == "sklearn" else ["--data", diabetes, "--target", "target"]
-    check_refused(data, f'this needs {package}: pip install "jaxopt_rules[experiments]"', capsys)
-
-
-def test_help_needs_nothing_and_shows_examples(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["compare", "--help"])
-    text = capsys.readouterr().out
-    assert ",".join(documented.OPTIMIZERS) in text
-    assert "--data houses.csv --target price" in text
-    assert re.search(r"class where it is text, or whole numbers of at most 20\s+different values", text)
+    check_refused(["compare", *arguments], message, capsys)
 
 
 def test_errors_of_the_functions_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="unknown optimizer 'lion'"):
         documented.run(digits(0), ["lion"], steps=1, seed=0, out=tmp_path)
+
+
+def test_rules_are_compared_by_their_names_and_scores(tmp_path, capsys):
+    command = ["compare", "adam(1e-6)", "fast = adam(0.03)", "--problem", "wine", "--steps", "20", "--seeds", "2"]
+    assert main([*command, "--seed", "5", "--by", "accuracy", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Problem wine: MLP 13-64-3, tanh; batches of 128 of 143 rows\n")
+    assert "2 rules, 2 seeds, 20 steps each; ranked by accuracy" in printed
+    fast, slow = cells_of(printed, "rule")
+    assert (fast["rule"], slow["rule"]) == ("fast", "adam(1e-6)")
+    assert float(fast["accuracy"]) > 0.85 > float(slow["accuracy"])
+    assert float(fast["test_loss"]) < float(slow["test_loss"])
+    assert fast["steps"] == slow["steps"] == "20"
+    assert f"picture: {tmp_path}/loss.png\n" in printed
+    check_png(tmp_path / "loss.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]

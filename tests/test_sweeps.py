@@ -411,3 +411,25 @@ def test_parts_cover_all():
         assert len({len(part) for part in parts}) == 1
         assert len(parts[0]) <= size
         assert len(parts) == -(-count // size)
+
+
+def test_never_more_members_than_a_chunk(monkeypatch):
+    """Not even those of the block that is made ready while others are trained."""
+    alive, most = [0], [0]
+
+    def counted(program, points=None, seeds=None, *, make=training.Block.__init__, block=None):
+        make(block, program, points, seeds)
+        alive[0] += len(points) * len(seeds)
+        most[0] = max(most[0], alive[0])
+
+    def taken(found, block, cells, *, take=sweeps._Found.take):
+        alive[0] -= cells[0].size * cells[1].size
+        take(found, block, cells)
+
+    monkeypatch.setattr(training.Block, "__init__", lambda block, *args: counted(*args, block=block))
+    monkeypatch.setattr(sweeps._Found, "take", taken)
+    for chunk in (1, 2, 5, 6, 20):
+        alive[0] = most[0] = 0
+        sweep(jr.sgd, {"learning_rate": np.geomspace(1e-3, 0.1, 7)}, loss_fn, init, BATCHES, 2, seeds=3, chunk=chunk)
+        assert alive == [0]
+        assert 0 < most[0] <= chunk

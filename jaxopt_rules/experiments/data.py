@@ -209,7 +209,7 @@ def _finite(frame: "pd.DataFrame") -> tuple["pd.DataFrame", set[str]]:
 
 def _useful(frame: "pd.DataFrame", numeric: set[str], target: str) -> tuple["pd.DataFrame", list[str]]:
     """The frame without columns that nothing can be learnt from, and a sentence for each kind of them."""
-    present, different = frame.count(), frame.nunique()
+    present, different = frame.count().to_dict(), frame.nunique().to_dict()
     empty = [name for name in frame if name != target and present[name] == 0]
     identifiers = [
         name

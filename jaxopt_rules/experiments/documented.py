@@ -3,12 +3,7 @@
 All start from the same weights and see the same batches. Settings and hooks are those of the documented examples.
 """
 
-import contextlib
-import os
-import signal
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jaxopt_rules.experiments.data import Dataset, UserError
-from jaxopt_rules.experiments.plots import running_mean
+from jaxopt_rules.experiments.output import make_directory, save_picture
+from jaxopt_rules.experiments.plots import detached, running_mean, style
+from jaxopt_rules.experiments.progress import progress
 from jaxopt_rules.hooks import clip_grad, weight_decay
 from jaxopt_rules.models import MLP, mean_squared_error, softmax_cross_entropy
 from jaxopt_rules.parameters import backward
@@ -63,48 +58,33 @@ def run(dataset: Dataset, names: Sequence[str], steps: int, seed: int, out: Path
     """
     if unknown := [name for name in names if name not in OPTIMIZERS]:
         raise UserError(f"unknown optimizer {unknown[0]!r}; choose from {', '.join(OPTIMIZERS)}")
-    with interrupted_between_steps() as check:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from error
-        console = Console()
-        for note in dataset.notes:
-            console.print(f"{dataset.name}: {note}", markup=False, highlight=False, soft_wrap=True)
-        results = compare(dataset, names, steps, seed, check)
-    console.print(table(dataset, results, steps, seed))
-    try:
-        plot(dataset, results, out / "loss.png")
-    except OSError as error:
-        raise UserError(f"cannot write {out / 'loss.png'}: {error.strerror}; choose another --out") from error
-    console.print(f"loss curves: {out / 'loss.png'}", markup=False, highlight=False, soft_wrap=True)
+    with progress("compare", 2 * len(names) * steps) as bar:
+
+        def advance(name: str) -> None:
+            if not bar.advance(1, name):
+                raise KeyboardInterrupt
+
+        make_directory(out)
+        results = compare(dataset, names, steps, seed, advance)
+    Console().print(table(dataset, results, steps, seed))
+    figure = detached(10, 4.5, lambda figure: draw(dataset, results, figure))
+    save_picture(figure, out / "loss.png")
+    print(f"loss curves: {out / 'loss.png'}")
 
 
 def compare(
-    dataset: Dataset, names: Sequence[str], steps: int, seed: int, after_step: Callable[[], object] = lambda: None
+    dataset: Dataset, names: Sequence[str], steps: int, seed: int, advance: Callable[[str], object] = lambda name: None
 ) -> list[Result]:
-    """One result for each optimizer without hooks, and one with them. Shows its progress where there is a terminal."""
+    """One result for each optimizer without hooks, and one with them. Calls `advance` with its name after each step."""
     model = MLP((dataset.x_train.shape[1], HIDDEN, dataset.classes or 1), jnp.tanh, seed=seed)
     initial = {name: parameter.data for name, parameter in model.params().items()}
-    runs = [(name, hooks) for name in names for hooks in ((), HOOKS)]
-    console = Console(stderr=True)
-    # Older versions of rich end even a disabled bar with an empty line.
-    console.quiet = not console.is_terminal
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     results = []
-    with Progress(*columns, console=console, disable=console.quiet, transient=True) as progress:
-
-        def advance() -> None:
-            progress.advance(task)
-            after_step()
-
-        task = progress.add_task("", total=len(runs) * steps)
-        for name, hooks in runs:
-            progress.update(task, description=name)
+    for name in names:
+        for hooks in ((), HOOKS):
             for key, parameter in model.params().items():
                 parameter.data = initial[key]
             optimizer = OPTIMIZERS[name](hooks)
-            losses, times = train(model, optimizer, dataset, steps, seed, advance)
+            losses, times = train(model, optimizer, dataset, steps, seed, lambda name=name: advance(name))
             results.append(
                 Result(
                     optimizer=type(optimizer).__name__,
@@ -117,34 +97,6 @@ def compare(
                 )
             )
     return results
-
-
-@contextlib.contextmanager
-def interrupted_between_steps() -> Iterator[Callable[[], None]]:
-    """Puts Ctrl-C off until the yielded function is called, which then raises KeyboardInterrupt.
-
-    A KeyboardInterrupt is lost where it meets a callback of the garbage collector, and jax has one. A second Ctrl-C is
-    not put off.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    caught = []
-
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if caught:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def train(
@@ -226,10 +178,8 @@ def _score_name(dataset: Dataset) -> str:
     return "R²" if dataset.classes is None else "accuracy"
 
 
-def plot(dataset: Dataset, results: Sequence[Result], path: Path) -> None:
-    """Draws the loss curves, those with hooks beside those without. The file appears whole or not at all."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(dataset: Dataset, results: Sequence[Result], figure: Figure) -> None:
+    """Draws the loss curves, those with hooks beside those without."""
     axes = figure.subplots(1, 2, sharey=True)
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(result.optimizer for result in results))}
     width = max(1, len(results[0].losses) // 25)
@@ -237,23 +187,13 @@ def plot(dataset: Dataset, results: Sequence[Result], path: Path) -> None:
         for result in results:
             if result.hooks == hooks:
                 # At the documented decay AdamW lies on Adam: dashes show both.
-                style = (0, (3, 3)) if result.optimizer == "AdamW" else "-"
+                line = (0, (3, 3)) if result.optimizer == "AdamW" else "-"
                 color = colors[result.optimizer]
-                ax.plot(running_mean(result.losses, width), ls=style, color=color, label=result.optimizer)
+                ax.plot(running_mean(result.losses, width), ls=line, color=color, label=result.optimizer)
         ax.set_title("with " + ", ".join(map(repr, HOOKS)) if hooks else "without hooks", fontsize=10)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
+        style(ax, xlabel="step")
         ax.margins(x=0.01)
     axes[0].set_yscale("log")
     axes[0].set_ylabel(f"training loss, mean of {width} steps")
     axes[1].legend()
     figure.suptitle(dataset.name, parse_math=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with warnings.catch_warnings():
-            # The name may have letters that the font lacks. They come out as boxes.
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

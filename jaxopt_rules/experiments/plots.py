@@ -44,6 +44,16 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return sums / np.minimum(np.arange(1, len(values) + 1), width)
 
 
+def spans_decades(values: Any) -> bool:
+    """Whether a logarithmic scale shows them better."""
+    low, high = (min(values), max(values)) if len(values) else (0, 0)
+    return low > 0 and high / low > 20
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def style(ax: "Axes", **settings: Any) -> None:
     """Labels and a grid behind what is drawn."""
     ax.set(**settings)

@@ -66,12 +66,13 @@ def _terminal(title: str, total: float) -> Iterator[Callable[[float, str], objec
     except ModuleNotFoundError:
         yield _nothing
         return
+    # Names of rules have brackets.
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=total, text="")

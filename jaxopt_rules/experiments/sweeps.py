@@ -13,20 +13,26 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_rules.experiments import plots
 from jaxopt_rules.experiments.progress import Bar, progress
-from jaxopt_rules.experiments.training import Block, Program, Task, rule_of
+from jaxopt_rules.experiments.training import (
+    PART,
+    Block,
+    Program,
+    Task,
+    as_numbers,
+    diverged,
+    last_losses,
+    rule_of,
+)
 from jaxopt_rules.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TAIL = 0.1  # the part of the steps whose mean loss is a run's loss
-PART = 0.25  # seconds between two looks at Ctrl-C
 SHOWN = 12  # rows of a table in Jupyter
 
 # On CPU, members of one block share nothing: a few, whose arrays stay in the cache, run as fast as many, and most of
@@ -61,11 +67,7 @@ class Sweep:
     @cached_property
     def diverged(self) -> np.ndarray:
         """(points, seeds)  Which members have a loss that is not finite, or end above twice the one they began with."""
-        trained = np.arange(self.steps) < self.done[..., None]
-        first = self.curves["loss"][..., 0]
-        with np.errstate(invalid="ignore"):
-            risen = self.final["loss"] > first + abs(first)
-        return risen | np.any(~np.isfinite(self.curves["loss"]) & trained, axis=-1)
+        return diverged(self.curves["loss"], self.final["loss"], self.done)
 
     @property
     def finished(self) -> np.ndarray:
@@ -222,14 +224,14 @@ class Sweep:
         for x, k in zip(places, best, strict=True):
             if k is None:
                 ax.plot(x, 0.03, "x", color="C3", transform=ax.get_xaxis_transform())
-        if numbers and _spans_decades(values):
+        if numbers and plots.spans_decades(values):
             ax.set_xscale("log")
         elif not numbers:
             ax.set_xticks(places, list(map(_label, values)))
-        if _spans_decades([self.final[self.by][k].mean() for _, k in shown]):
+        if plots.spans_decades([self.final[self.by][k].mean() for _, k in shown]):
             ax.set_yscale("log")
         others = [other for other in self._axes if other != name]
-        plots.style(ax, xlabel=_words(name), ylabel=_words(self.by), title=_over(others))
+        plots.style(ax, xlabel=plots.words(name), ylabel=plots.words(self.by), title=_over(others))
         return ax
 
     def heat_map(self, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
@@ -256,11 +258,11 @@ class Sweep:
         cells = np.array([[np.nan if k is None else mean[k] for k in row] for row in best])
         finite = cells[np.isfinite(cells)]
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        norm = LogNorm(low, high) if _spans_decades(finite) else Normalize(low, high)
+        norm = LogNorm(low, high) if plots.spans_decades(finite) else Normalize(low, high)
         colors = "viridis" if self.largest else "viridis_r"
         drawn = ax.imshow(cells, origin="lower", aspect="auto", cmap=colors, norm=norm)
         if finite.size:
-            ax.figure.colorbar(drawn, ax=ax, label=_words(self.by))
+            ax.figure.colorbar(drawn, ax=ax, label=plots.words(self.by))
         for (i, j), value in np.ndenumerate(cells):
             if best[i][j] is None:
                 if self._points_with(**{x: columns[j], y: rows[i]}):
@@ -270,10 +272,11 @@ class Sweep:
                 ax.text(j, i, f"{value:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
             if best[i][j] == self.order[0]:
                 ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="C3", linewidth=2.5))
-        ax.set_xticks(range(len(columns)), list(map(_label, columns)), rotation=45 if len(columns) > 6 else 0)
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(columns) > 6 else {}
+        ax.set_xticks(range(len(columns)), list(map(_label, columns)), **turned)
         ax.set_yticks(range(len(rows)), list(map(_label, rows)))
         others = [name for name in self._axes if name not in (x, y)]
-        ax.set(xlabel=_words(x), ylabel=_words(y), title=_over(others))
+        ax.set(xlabel=plots.words(x), ylabel=plots.words(y), title=_over(others))
         return ax
 
     def plot_curves(self, by: str | None = None, name: str = "loss", ax: "Axes | None" = None) -> "Axes":
@@ -294,35 +297,38 @@ class Sweep:
         values = self._values(by)
         numbers = all(map(_is_number, values))
         places = [float(value) if numbers else float(k) for k, value in enumerate(values)]
-        norm = (LogNorm if numbers and _spans_decades(values) else Normalize)(min(places), max(places))
+        norm = (LogNorm if numbers and plots.spans_decades(values) else Normalize)(min(places), max(places))
         # Its yellow is hard to see on white.
         cmap = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 256)))
         bad = np.any(self.diverged, axis=1)
         width = max(1, self.steps // 50)
+        shown: list[np.ndarray] = []  # what sets the height of the picture
         for k in reversed(self.order):
             with np.errstate(invalid="ignore", over="ignore"):
                 mean = self.curves[name][k].mean(axis=0)
             first = k == self.order[0] and not bad[k]
             color = "0.6" if bad[k] else cmap(norm(places[values.index(self.points[k][by])]))
             line = ":" if bad[k] else "-"
-            ax.plot(plots.running_mean(mean, width), color=color, linewidth=2.5 if first else 1, linestyle=line)
-        good = self.curves[name][~bad] if not bad.all() else self.curves[name]
-        finite = good[np.isfinite(good)]
+            smooth = plots.running_mean(mean, width)
+            ax.plot(smooth, color=color, linewidth=2.5 if first else 1, linestyle=line)
+            if not bad[k] or bad.all():
+                shown.append(smooth)
+        finite = np.array(shown)[np.isfinite(shown)]
         if finite.size:
             low, high = float(finite.min()), float(finite.max())
-            if _spans_decades(finite):
+            if plots.spans_decades(finite):
                 ax.set_yscale("log")
                 ax.set_ylim(low / 1.2, high * 1.2)
             elif high > low:
                 ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         if numbers and len(values) > 1:
-            ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, label=_words(by))
+            ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, label=plots.words(by))
         elif len(values) > 1:
             for value, place in zip(values, places, strict=True):
                 ax.plot([], [], color=cmap(norm(place)), label=_label(value))
-            ax.legend(title=_words(by), frameon=False)
+            ax.legend(title=plots.words(by), frameon=False)
         of = f", mean of {width} steps" if width > 1 else ""
-        plots.style(ax, xlabel="step", ylabel=f"{_words(name)}{of}", xlim=(0, max(1, self.steps - 1)))
+        plots.style(ax, xlabel="step", ylabel=f"{plots.words(name)}{of}", xlim=(0, max(1, self.steps - 1)))
         return ax
 
     def _points_with(self, **values: Any) -> list[int]:
@@ -400,7 +406,11 @@ def sweep(
     task = Task(loss_fn, params, batches, steps, seeds=seeds, has_aux=has_aux, evaluate=evaluate)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
-    found = _Found(len(points), task)
+    measured = ["loss", *task.evaluated_names]
+    by = by if by is not None else measured[min(1, len(measured) - 1)]
+    if by not in measured:
+        raise ValueError(f"by must be one of {', '.join(measured)}, not {by!r}")
+    found = _Found(len(points), task, measured)
     began = time.perf_counter()
     with progress("sweep", len(points) * len(task.seeds) * task.steps, shown) as bar:
         programs = _programs(make_rule, points, task)
@@ -408,9 +418,6 @@ def sweep(
             if not _train(program, members, chunk, found, bar):
                 break
     seconds, compiling = time.perf_counter() - began, sum(program.compile_seconds for _, program in programs)
-    by = by if by is not None else next((name for name in found.final if name != "loss"), "loss")
-    if by not in found.final:
-        raise ValueError(f"by must be one of {', '.join(found.final)}, not {by!r}")
     return Sweep(
         points=tuple(points),
         seeds=task.seeds,
@@ -454,7 +461,7 @@ def _programs(
     try:
         return _grouped(make_rule, points, varied, task)
     except (TypeError, ValueError):
-        live = _live(make_rule, points[0], varied, task)
+        live = [name for name in varied if _can_be_traced(make_rule, points, name, task)]
         if live == varied:
             raise
         return _grouped(make_rule, points, live, task)
@@ -475,28 +482,26 @@ def _grouped(
     return [(members, Program(make_rule, [points[k] for k in members], live, task)) for _, members in groups]
 
 
-def _live(make_rule: Callable[..., Any], point: dict[str, Any], names: list[str], task: Task) -> list[str]:
-    """Those that a rule need not know when it is built."""
-    start, scalar = task.start(), jax.ShapeDtypeStruct((), jnp.result_type(float))
-
-    def builds(name: str) -> bool:
-        try:
-            jax.eval_shape(lambda value: rule_of(make_rule, point | {name: value}).init(start), scalar)
-        except (TypeError, ValueError):
-            return False
-        return True
-
-    return list(filter(builds, names))
+def _can_be_traced(make_rule: Callable[..., Any], points: list[dict[str, Any]], name: str, task: Task) -> bool:
+    """Whether a rule need not know this number when it is built."""
+    start, dtype = task.start(), as_numbers([point[name] for point in points]).dtype
+    try:
+        jax.eval_shape(
+            lambda value: rule_of(make_rule, points[0] | {name: value}).init(start), jax.ShapeDtypeStruct((), dtype)
+        )
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class _Found:
     """What is known of the members so far."""
 
-    def __init__(self, points: int, task: Task) -> None:
+    def __init__(self, points: int, task: Task, measured: Iterable[str]) -> None:
         self._shape, self._steps = (points, len(task.seeds)), task.steps
         self.done = np.zeros(self._shape, int)
         self.curves: dict[str, np.ndarray] = {}
-        self.final: dict[str, np.ndarray] = {}
+        self.final = {name: np.full(self._shape, np.nan) for name in measured}
 
     def take(self, block: Block, cells: tuple[np.ndarray, ...]) -> None:
         new = self.done[cells] < block.done
@@ -505,14 +510,11 @@ class _Found:
         for name, curve in curves.items():
             known = self.curves.setdefault(name, np.full((*self._shape, self._steps), np.nan, _real_dtype(curve)))
             known[cells] = np.where(new[..., None], curve, known[cells])
-        tail = max(1, round(TAIL * self._steps))
-        with np.errstate(invalid="ignore", over="ignore"):
-            final = {"loss": curves["loss"][..., -tail:].mean(axis=-1, dtype=float)}
+        final = {"loss": last_losses(curves["loss"], block.done)}
         if block.done == self._steps:
             final |= block.evaluate()
         for name, value in final.items():
-            known = self.final.setdefault(name, np.full(self._shape, np.nan))
-            known[cells] = np.where(new, value, known[cells])
+            self.final[name][cells] = np.where(new, value, self.final[name][cells])
 
 
 def _train(program: Program, points: list[int], chunk: int | None, found: _Found, bar: Bar) -> bool:
@@ -582,15 +584,5 @@ def _label(x: Any) -> str:
     return f"{x:.3g}" if _is_number(x) else getattr(x, "__name__", str(x))
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _over(names: Sequence[str]) -> str:
-    return f"best over {' and '.join(map(_words, names))}" if names else ""
-
-
-def _spans_decades(values: Any) -> bool:
-    """Whether a logarithmic scale shows them better."""
-    low, high = (min(values), max(values)) if len(values) else (0, 0)
-    return low > 0 and high / low > 20
+    return f"best over {' and '.join(map(plots.words, names))}" if names else ""

@@ -24,6 +24,9 @@ from jaxopt_rules.rule import Rule, as_rule, extra_for
 
 Point = Mapping[str, Any]  # keyword arguments of a function that makes a rule
 
+TAIL = 0.1  # the part of the steps whose mean loss is a run's loss
+PART = 0.25  # seconds between two looks at Ctrl-C
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is learnt
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,6 +75,7 @@ class Task:
                 "of a seed"
             )
         self.steps = self.batch_count if steps is None else int(steps)
+        self.evaluated_names = self._names_of_evaluated()
 
     def _set_data(self, batches: Any, steps: int | None) -> None:
         self.seeded_data = _is_function(batches)
@@ -135,6 +139,12 @@ class Task:
         if not all(map(_is_scalar, values.values())):
             raise TypeError(f"evaluate must give a scalar or {{name: scalar}}, not {_described(found)}")
         return values
+
+    def _names_of_evaluated(self) -> tuple[str, ...]:
+        """In the order of `evaluate`, which dicts that come out of a compiled function have lost."""
+        names: list[str] = []
+        jax.eval_shape(lambda arrays: names.extend(self.evaluated(self.tree(arrays))), [x[0] for x in self.starts])
+        return tuple(names)
 
 
 def _is_function(x: Any) -> bool:
@@ -233,14 +243,13 @@ class Program:
         record: Record = losses,
     ) -> None:
         fixed = {name: value for name, value in points[0].items() if name not in live}
-        wide = jnp.result_type(float)
         self.task, self._record = task, record
         self._make = lambda values: rule_of(make, fixed | values)
         self.rules = [rule_of(make, point) for point in points]
-        self.values = {name: np.array([point[name] for point in points], wide) for name in live}
+        self.values = {name: as_numbers([point[name] for point in points]) for name in live}
         # Traced once, for the shapes of what it gives and for the program.
         self._compiled_step = jax.jit(self._step)
-        values = {name: jax.ShapeDtypeStruct((), wide) for name in live}
+        values = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in self.values.items()}
         arrays = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in task.starts]
         (_, state), self._recorded = jax.eval_shape(self._first_step, values, arrays, task.data)
         self._member = arrays, state
@@ -356,8 +365,9 @@ class Block:
         self._carry = program.begin(picked, starts)
 
     def wait(self) -> None:
-        """Until it is compiled, so that nothing else is done while others are timed."""
-        self._run.result()
+        """Until it is compiled and has made a step, which is not kept: what happens once is in no later time."""
+        carry, *others = self._arguments(1)
+        jax.block_until_ready(self._run.result()(jax.tree.map(trees.own, carry), *others))
 
     def advance(self, seconds: float = math.inf) -> int:
         """Trains for about as long as this, at most to the task's end, and waits. Returns how many steps it was.
@@ -397,12 +407,37 @@ class Block:
         if self._program.task.evaluate is None:
             return {}
         evaluate = self._program.compiled("_evaluate", self._carry[0])
-        return {name: np.asarray(x) for name, x in evaluate.result()(self._carry[0]).items()}
+        values = evaluate.result()(self._carry[0])
+        return {name: np.asarray(values[name]) for name in self._program.task.evaluated_names}
 
     def member(self, point: int = 0, seed: int = 0) -> tuple[Any, Any]:
         """The parameters and the state that a member has now, by its places in the block."""
         arrays, state = jax.tree.map(lambda x: x[point, seed], self._carry[0])
         return self._program.task.tree(arrays), state
+
+
+def last_losses(curves: np.ndarray, done: int) -> np.ndarray:
+    """The mean loss of the last tenth of the steps, of curves (..., steps) of which `done` are made; NaN for none."""
+    tail = max(1, round(TAIL * done))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (
+            curves[..., done - tail : done].mean(axis=-1, dtype=float) if done else np.full(curves.shape[:-1], np.nan)
+        )
+
+
+def diverged(curves: np.ndarray, last: np.ndarray, done: Any) -> np.ndarray:
+    """Which runs have a loss that is not finite, or end above twice the one they began with.
+
+    Args:
+      curves: (..., steps)  losses.
+      last: (...)  those that they end with, of `last_losses`.
+      done: (...)  how many steps were made.
+    """
+    made = np.arange(curves.shape[-1]) < np.asarray(done)[..., None]
+    first = curves[..., 0] if curves.shape[-1] else np.full(curves.shape[:-1], np.nan)
+    with np.errstate(invalid="ignore"):
+        risen = last > first + abs(first)
+    return risen | np.any(~np.isfinite(curves) & made, axis=-1)
 
 
 def _over(
@@ -412,9 +447,15 @@ def _over(
     return jax.vmap(jax.vmap(member, in_axes=seeds), in_axes=points)
 
 
+def as_numbers(values: Sequence[Any]) -> np.ndarray:
+    """Whole numbers, such as seeds, as integers, all others in the widest float."""
+    whole = all(isinstance(value, int | np.integer) for value in values)
+    return np.array(values, jnp.result_type(int if whole else float))
+
+
 def rule_of(make: Callable[..., Any], point: Point) -> Rule:
     return as_rule(make(**point), "make_rule")
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

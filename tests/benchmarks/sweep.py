@@ -1,7 +1,7 @@
 """64 learning rates: by `experiments.sweep`, in one program, in one that runs once for each, in a program for each.
 
-The last is what a rate as a constant of Python amounts to. Digits by an MLP 64-64-10, 300 steps of 128 rows. Seconds are
-from nothing to the losses, compilation included, each way in processes of its own.
+The last is what a rate as a constant of Python amounts to. Digits by an MLP 64-64-10, 300 steps of 128 rows. Seconds
+are from nothing to the losses, compilation included, each way in processes of its own.
 """
 
 import statistics
@@ -134,7 +134,7 @@ def report(runs: Runs, settings: Settings) -> Report:
         rows.append([job, measured, *(f"{x:.2f}" for x in cells), f"{apart:.1e}"])
         bests[job] = min(found)
     columns = ("way", "rates measured", "best s", "median s", "ratio of bests", "of medians", "losses apart")
-    note = f"Ratios are to `experiments.sweep`. The largest relative difference of a final loss from it is held below {CLOSE:.0e}."
+    note = f"Ratios are to `experiments.sweep`. No loss in the last step is {CLOSE:.0e} of itself apart from its."
     title = f"Sweep: {len(expected)} learning rates, compilation included"
     return Report(
         [Table(title, columns, rows, note)],
