@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,9 @@ for command in ([], ["compare"], ["sweep"], ["range-test"], ["explain"], ["confo
 
 
 EXAMPLES = [example for module in COMMANDS.values() for example in module.EXAMPLES]
+README = Path(__file__).parent.parent / "README.md"
+(IN_README,) = re.findall(r"^```text\n(python -m jaxopt_rules .*?)^```", README.read_text("utf-8"), re.M | re.S)
+FROM_README = [line.removeprefix("python -m jaxopt_rules ") for line in IN_README.replace("\\\n", "").splitlines()]
 
 
 @pytest.fixture
@@ -65,8 +69,8 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_of_the_help(example, files, capsys):
+@pytest.mark.parametrize("example", [*EXAMPLES, *FROM_README])
+def test_examples_of_the_help_and_of_readme(example, files, capsys):
     command, *arguments = shlex.split(example)
     # Of an option that is given twice, the last counts.
     few = [] if command == "explain" else ["--steps", "3"]

@@ -141,8 +141,10 @@ def check(rule: Rule, problem: "Problem", text: str) -> None:
     params = jax.eval_shape(problem.init, jax.random.key(0))
     batch = jax.tree.map(lambda x: x[0], problem.batches(0, 1))
 
+    def loss_of(params: Any) -> Any:
+        return problem.loss_fn(params, batch)
+
     def step(params: Any, loss: Any) -> Any:
-        loss_of = lambda params: problem.loss_fn(params, batch)  # noqa: E731
         return rule.apply(params, rule.init(params), params, value=loss, grad=params, value_fn=loss_of)
 
     try:
