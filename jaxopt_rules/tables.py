@@ -1,5 +1,7 @@
 """Tables: aligned text in a terminal, HTML in Jupyter, and rows of plain values for pandas."""
 
+import keyword
+import re
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ class Table:
 
     @property
     def rows(self) -> list[Any]:
-        """The rows without the total, as named tuples of numbers and text."""
-        return list(map(namedtuple("Row", self.columns)._make, self.cells))
+        """The rows without the total, as named tuples of numbers and text; `top-1` is called `top_1` in them."""
+        return list(map(namedtuple("Row", map(_field, self.columns))._make, self.cells))
 
     def __repr__(self) -> str:
         lines, right = self._lines(), self._right()
@@ -56,6 +58,12 @@ class Table:
         """Which columns hold numbers."""
         columns = zip(*self.cells, strict=True) if self.cells else [()] * len(self.columns)
         return [bool(column) and all(isinstance(x, Number) or x in ("", None) for x in column) for column in columns]
+
+
+def _field(column: str) -> str:
+    """The name of a column as one that Python takes."""
+    name = re.sub(r"\W", "_", column)
+    return name if name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_") else f"x{name}"
 
 
 def _text(column: str, value: Any) -> str:

@@ -15,6 +15,7 @@ from table import ROWS
 import jaxopt_rules as jr
 from jaxopt_rules.display import state_html
 from jaxopt_rules.state import hyperparameter_entries
+from jaxopt_rules.tables import Table
 
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 MANY = {f"layers/{i}": {"w": jnp.ones((4, 3)), "b": jnp.zeros(3, jnp.bfloat16)} for i in range(20)}
@@ -547,3 +548,11 @@ def test_another_formatter_stays():
     ipython.display_formatter.formatters["text/html"].for_type(dict, lambda x: "<i>theirs</i>")
     jr.unload_ipython_extension(ipython)
     assert html_in(ipython, {}) == "<i>theirs</i>"
+
+
+def test_rows_of_columns_that_python_has_no_names_for():
+    table = Table(("top-1", "lambda", "5 %", "loss"), ((0.5, 1, 2, 3),))
+    (row,) = table.rows
+    assert row._fields == ("top_1", "xlambda", "x5__", "loss")
+    assert tuple(row) == (0.5, 1, 2, 3)
+    assert repr(table).startswith("top-1  lambda  5 %  loss")
