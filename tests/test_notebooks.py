@@ -18,7 +18,14 @@ ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'`(=,])(?:file:|~/|[A-Za-z]:\\|/[\w.-]+/
 # What a notebook needs besides the extra `notebooks`, for which README's test command is made.
 NEEDS = {"06_flax_and_equinox": ["flax", "equinox"]}
 
+# What trains for more than a minute, and runs where `-m thorough` asks for it.
+LONG = {"08_which_optimizer"}
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_run = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.thorough][: path.stem in LONG]) for path in NOTEBOOKS],
+)
 
 
 def cells_of(path: Path) -> list[dict[str, Any]]:
@@ -70,9 +77,10 @@ def directory(tmp_path, monkeypatch):
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
+    assert {path.stem for path in NOTEBOOKS} >= LONG | NEEDS.keys()
 
 
-@every_notebook
+@each_run
 def test_runs(path, directory):
     if missing := [name for name in NEEDS.get(path.stem, []) if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}")

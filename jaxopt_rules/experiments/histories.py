@@ -267,7 +267,9 @@ class History:
         limits = [self.series[name] for name in self._of_kind("max_norm")] if quantity == "grad_norm" else []
         shown = np.concatenate([*(self.series[name] for name in names), *limits]).astype(float)
         positive = shown[np.isfinite(shown) & (shown > 0)]
-        log = not np.any(shown < 0) and (quantity == "update_ratio" or plots.spans_decades(positive))
+        # A schedule that ends at 0 is known by its course, and not by its last few steps.
+        wide = quantity != "learning_rate" and plots.spans_decades(positive)
+        log = not np.any(shown < 0) and (quantity == "update_ratio" or wide)
         of_groups = [name for name in names if name.partition(".")[0] in PER_GROUP and "." in name]
         for name in sorted(names, key=lambda name: name in of_groups):
             curve = plots.running_mean(self.series[name], width)
