@@ -306,7 +306,7 @@ class Update(_Function):
 
     def _check(self, extra: Mapping[str, Any]) -> None:
         if extra:
-            check_extra(str(self.written), self.definition.accepts, extra)
+            check_extra(self.written, self.definition.accepts, extra)
 
 
 def not_an_update(rule: str) -> str:
@@ -317,7 +317,7 @@ def not_an_update(rule: str) -> str:
     )
 
 
-def check_extra(owner: str, accepted: frozenset[str] | None, extra: Mapping[str, Any]) -> None:
+def check_extra(owner: object, accepted: frozenset[str] | None, extra: Mapping[str, Any]) -> None:
     """Refuses extra arguments that nothing uses: they are misspelt.
 
     Raises:

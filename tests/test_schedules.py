@@ -366,6 +366,17 @@ def test_arithmetic_takes_numbers_and_schedules_alone(combine, other):
         combine(other, jr.Linear(1.0, 3))
 
 
+def test_a_traced_value_prints():
+    printed = []
+
+    def make(init):
+        printed.append(repr(jr.Warmup(1.0, 10, init)))
+        return init
+
+    jax.eval_shape(make, 0.5)
+    assert printed[0].startswith("Warmup(1.0, 10, init=")
+
+
 def test_arithmetic_prints_as_it_was_written():
     a, b, c = jr.Rex(1.0, 2), jr.Rex(1.0, 3), jr.Rex(1.0, 4)
     assert repr(jr.Cosine(0.001, 100) * 0.1) == "Cosine(0.001, 100) * 0.1"
