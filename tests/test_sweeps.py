@@ -137,7 +137,12 @@ def test_points_one_by_one():
 def test_batches_come_again_and_may_be_an_iterable():
     few = jax.tree.map(lambda a: a[:5], BATCHES)
     expected, _ = alone(jr.sgd(0.1), batches=few)
-    for batches in (few, zip(*few, strict=True), list(zip(*few, strict=True)).__iter__()):
+    for batches in (
+        few,
+        list(zip(*few, strict=True)),
+        zip(*few, strict=True),
+        lambda seed: list(zip(*few, strict=True)),
+    ):
         found = sweep(jr.sgd, {"learning_rate": [0.1]}, loss_fn, PARAMS, batches, STEPS)
         np.testing.assert_allclose(found.curves["loss"][0, 0], expected, rtol=2e-6)
     assert sweep(jr.sgd, {"learning_rate": [0.1]}, loss_fn, PARAMS, few).steps == 5
@@ -277,6 +282,45 @@ def test_pictures(found):
         found.line("momentum")
 
 
+def test_points_at_random():
+    points = [{"learning_rate": rate, "momentum": momentum} for rate, momentum in RNG.uniform(0.01, 0.5, (20, 2))]
+    found = sweep(jr.sgd, [*points, {"learning_rate": 1e9, "momentum": 0.5}], loss_fn, PARAMS, BATCHES)
+    axes = found.plot()
+    offsets = axes[0].collections[0].get_offsets()
+    assert sorted(map(tuple, np.asarray(offsets))) == sorted((p["learning_rate"], p["momentum"]) for p in points)
+    drawn(found)
+
+
+def test_arrays_and_rules_may_be_values():
+    scales = [np.array([0.1, 1.0]), np.array([0.2, 1.0])]
+    found = sweep(
+        lambda scale, rate: jr.sgd(rate * float(scale[0])), {"scale": scales, "rate": [1, 2]}, loss_fn, init, BATCHES
+    )
+    assert found.programs == 2
+    assert found.built_with == ("scale",)
+    assert "2 programs, one for each scale" in repr(found)
+    for k, point in enumerate(found.points):
+        losses, _ = alone(jr.sgd(point["rate"] * point["scale"][0]), init(jax.random.key(0)))
+        np.testing.assert_allclose(found.curves["loss"][k, 0], losses, rtol=2e-6)
+    drawn(found)
+    rules = [jr.sgd(0.1), jr.chain(jr.clip_by_global_norm(1.0), jr.adamw(jr.Cosine(3e-3, 100), weight_decay=0.1))]
+    found = sweep(lambda rule: rule, {"rule": rules}, loss_fn, PARAMS, BATCHES)
+    assert {row.rule for row in found.table.rows} == set(map(repr, rules))
+    drawn(found)
+
+
+def test_infinite_values_have_pictures():
+    clipped = {"c": [1.0, np.inf, 0.1], "rate": [0.1, 0.2]}
+    drawn(sweep(lambda c, rate: jr.chain(jr.clip_by_global_norm(c), jr.sgd(rate)), clipped, loss_fn, PARAMS, BATCHES))
+
+
+def test_under_a_setting_of_64_bits_that_this_thread_alone_has():
+    with jax.enable_x64(True):
+        found = sweep(jr.sgd, {"learning_rate": [0.1, 0.2]}, loss_fn, jax.tree.map(np.float64, PARAMS), BATCHES)
+    assert found.curves["loss"].dtype == np.float64
+    np.testing.assert_allclose(found.curves["loss"][0, 0], alone(jr.sgd(0.1))[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "grid", [{"learning_rate": [0.1]}, {"learning_rate": [1e9, 1e10]}, {"momentum": [None, 0.9], "nesterov": [False]}]
 )
@@ -291,8 +335,23 @@ def test_a_best_point_at_the_edge_is_told():
     assert sweep(jr.sgd, {"learning_rate": [1e-4, 0.1, 1e6]}, loss_fn, PARAMS, BATCHES).at_the_edge == []
 
 
+def test_noise_of_batches_and_a_bad_batch_are_no_divergence():
+    """A batch of one row may begin far below the mean, and a rule may have skipped a batch that is not finite."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((60, 1, 3), np.float32)
+    t = np.tanh(x.sum(axis=-1, keepdims=True)) + rng.standard_normal((60, 1, 1), np.float32)
+    t[0] = loss_free = np.asarray(jnp.tanh(x[0] @ PARAMS["hidden"]["w"]) @ PARAMS["out"]["w"])
+    assert loss_free.shape == (1, 1)
+    t[30] = np.nan
+    found = sweep(lambda rate: jr.skip_nonfinite(jr.sgd(rate)), {"rate": [1e-4, 1e-3]}, loss_fn, PARAMS, (x, t))
+    assert found.curves["loss"][0, 0, 0] < 1e-10
+    assert np.isnan(found.curves["loss"][:, 0, 30]).all()
+    assert not found.diverged.any()
+    assert found.best["rate"] in (1e-4, 1e-3)
+
+
 def test_no_best_point_where_all_diverged():
-    found = sweep(jr.sgd, {"learning_rate": [1e6, 1e7]}, loss_fn, PARAMS, BATCHES, 40)
+    found = sweep(jr.sgd, {"learning_rate": [1e30, 1e35]}, loss_fn, PARAMS, BATCHES, 40)
     with pytest.raises(ValueError, match="there is no best point: 2 members of 40 steps, 2 diverged"):
         _ = found.best
 
@@ -371,11 +430,20 @@ REFUSED = {
     ),
     "a value that is not legal": ({"grid": {"learning_rate": [0.1, -1.0]}}, ValueError, "learning_rate must be at"),
     "no rule": ({"make_rule": lambda learning_rate: learning_rate}, TypeError, "make_rule"),
+    "a rule in place of a function": ({"make_rule": jr.sgd(0.1)}, TypeError, "make_rule is a function of the hyper"),
+    "a number in place of values": ({"grid": {"learning_rate": 0.1}}, TypeError, r"is 0.1: write \[0.1\]"),
+    "a text in place of values": ({"grid": {"learning_rate": "0.1"}}, TypeError, r"is '0.1': write \['0.1'\]"),
+    "points that are numbers": ({"grid": [0.1, 0.2]}, TypeError, "or points such as .* not 0.1"),
+    "a last batch that is shorter": ({"batches": [(X[0], X[0]), (X[1, :3], X[1, :3])]}, ValueError, "drop_last=True"),
+    "a loss of integers": ({"loss_fn": lambda p, b: jnp.int32(3)}, TypeError, "a floating-point number, not int32"),
+    "an evaluation called loss": ({"evaluate": lambda p: {"loss": 0.0}}, ValueError, "cannot be called 'loss'"),
+    "half a seed": ({"seeds": [1.5], "params": init}, ValueError, "different integers"),
     "equal runs": ({"seeds": 3}, ValueError, "3 seeds would give the same run"),
     "no seeds": ({"seeds": 0}, ValueError, "seeds must be a number from 1"),
     "a seed twice": ({"seeds": [1, 1], "params": init}, ValueError, "different integers"),
     "no steps": ({"steps": 0}, ValueError, "steps must be an integer >= 1"),
-    "a chunk of nothing": ({"chunk": 0}, ValueError, "chunk must be at least 1"),
+    "a chunk of nothing": ({"chunk": 0}, ValueError, "chunk must be an integer >= 1"),
+    "half a chunk": ({"chunk": 2.5}, ValueError, "chunk must be an integer >= 1"),
     "no parameters": ({"params": {"n": 3}}, ValueError, "no array of floating-point numbers"),
     "no batches": ({"batches": iter(())}, ValueError, "batches is empty"),
     "batches of different lengths": ({"batches": (X, X[:3])}, ValueError, "have 3 and 12 batches"),
@@ -391,7 +459,11 @@ REFUSED = {
         TypeError,
         r"must give \(loss, \{name: scalar\}\), not int",
     ),
-    "an evaluation of arrays": ({"evaluate": lambda p: p["out"]["w"]}, TypeError, "evaluate must give a scalar or"),
+    "an evaluation of arrays": (
+        {"evaluate": lambda p: {"w": p["out"]["w"]}},
+        TypeError,
+        r"not \{'w': an array of shape",
+    ),
     "by an unknown name": ({"by": "accuracy"}, ValueError, "by must be one of loss, not 'accuracy'"),
 }
 

@@ -31,16 +31,18 @@ from jaxopt_rules.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 SHOWN = 12  # rows of a table in Jupyter
+WIDTH, HEIGHT = 11, 4.2  # inches of both pictures together
 
 # On CPU, members of one block share nothing: a few, whose arrays stay in the cache, run as fast as many, and most of
 # their operations on one core. So each core has a block of its own.
 CPU_WIDTH = 4
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Sweep:
     """What a sweep found. It prints as a table, best first, and shows as a picture and a table in Jupyter."""
 
@@ -52,6 +54,7 @@ class Sweep:
     by: str  # the entry of `final` that points are ranked by
     largest: bool  # whether the largest is the best
     programs: int  # that were compiled
+    built_with: tuple[str, ...]  # hyperparameters that a rule must know when it is built: a program for each value
     compile_seconds: float
     seconds: float  # without compilation
 
@@ -66,7 +69,7 @@ class Sweep:
 
     @cached_property
     def diverged(self) -> np.ndarray:
-        """(points, seeds)  Which members have a loss that is not finite, or end above twice the one they began with."""
+        """(points, seeds)  Which members end at what is not finite, or far above the loss that they began with."""
         return diverged(self.curves["loss"], self.final["loss"], self.done)
 
     @property
@@ -77,38 +80,37 @@ class Sweep:
     @cached_property
     def order(self) -> list[int]:
         """The points from the best to the worst, by the mean over the seeds, and by the loss where that is equal;
-        behind them those that diverged, then those that were interrupted."""
+        behind them those whose value is not finite, then those that were interrupted."""
         keys = self.final[self.by].mean(axis=1) * (-1 if self.largest else 1), self.final["loss"].mean(axis=1)
         value, loss = (np.where(np.isfinite(key), key, np.inf) for key in keys)
-        left, bad = np.any(self.done < self.steps, axis=1), np.any(self.diverged, axis=1)
-        return sorted(range(len(self.points)), key=lambda k: (left[k], bad[k], value[k], loss[k]))
+        left = np.any(self.done < self.steps, axis=1)
+        return sorted(range(len(self.points)), key=lambda k: (left[k], value[k], loss[k]))
 
     @property
     def best(self) -> dict[str, Any]:
         """The best point: `make_rule(**result.best)` is its rule.
 
         Raises:
-          ValueError: no point was trained to the end, or all diverged.
+          ValueError: of no point all members were trained to the end, at a finite value.
         """
-        if not self._good[self.order[0]]:
+        if not self._has_a_best:
             raise ValueError(f"there is no best point: {self._counted()}")
         return dict(self.points[self.order[0]])
+
+    @property
+    def _has_a_best(self) -> bool:
+        first = self.order[0]
+        return bool(np.all(self.finished[first]) and np.all(np.isfinite(self.final[self.by][first])))
 
     @property
     def at_the_edge(self) -> list[str]:
         """The hyperparameters whose best value is the lowest, unless that is 0, or the highest of at least three: a
         better one may lie outside of the grid."""
-        if not self._good[self.order[0]]:
+        if not self._has_a_best:
             return []
         best = self.points[self.order[0]]
-        values = {name: self._values(name) for name in self.names}
-        return [
-            name
-            for name, several in values.items()
-            if len(several) > 2
-            and all(map(_is_number, several))
-            and best[name] in (several[0] or several[-1], several[-1])
-        ]
+        numeric = {name: axis.values for name, axis in self._axes.items() if axis.numeric and len(axis.values) > 2}
+        return [name for name, (low, *_, high) in numeric.items() if best[name] in (low or high, high)]
 
     @property
     def table(self) -> Table:
@@ -138,7 +140,7 @@ class Sweep:
 
     def _counted(self) -> str:
         members = self.done.size
-        parts = [f"{members} members of {self.steps} steps"]
+        parts = [f"{members} member{'s' * (members > 1)} of {self.steps} step{'s' * (self.steps > 1)}"]
         if bad := int((self.diverged & self.finished).sum()):
             parts.append(f"{bad} diverged")
         if left := int((~self.finished).sum()):
@@ -150,6 +152,7 @@ class Sweep:
 
     def _summary(self) -> str:
         programs = "one program" if self.programs == 1 else f"{self.programs} programs"
+        programs += f", one for each {' and '.join(self.built_with)}" if self.built_with else ""
         ran = f"{programs}, compiled in {self.compile_seconds:.1f} s, ran for {self.seconds:.1f} s"
         edge = " and ".join(self.at_the_edge)
         hint = f"; the best {edge} is at the edge of the grid" if edge else ""
@@ -160,42 +163,38 @@ class Sweep:
         short = Table(table.columns, table.cells[:SHOWN])
         more = len(table.cells) - SHOWN
         rest = f"<p>and {more} more: <code>result.table</code></p>" if more > 0 else ""
-        figure = plots.detached(11, 4.2, self._draw)
-        return f"<p>{escape(self._summary())}</p>{plots.image(figure)}{short._repr_html_()}{rest}"
+        picture = plots.shown(WIDTH, HEIGHT, self._draw)
+        return f"<p>{escape(self._summary())}</p>{picture}{short._repr_html_()}{rest}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Pictures
     # -----------------------------------------------------------------------------------------------------------------
 
-    def plot(self) -> "Figure":
-        """What the hyperparameters do to the result, and the curves of the losses, side by side."""
-        import matplotlib.pyplot as plt
+    def plot(self) -> np.ndarray:
+        """What the hyperparameters do to the result, and the curves of the losses, side by side. Returns the axes."""
+        return plots.drawn(WIDTH, HEIGHT, self._draw)
 
-        figure = plt.figure(figsize=(11, 4.2), layout="constrained")
-        self._draw(figure)
-        return figure
-
-    def _draw(self, figure: "Figure") -> None:
+    def _draw(self, figure: "Figure") -> Sequence["Axes"]:
         left, right = figure.subplots(1, 2)
-        if len(self._axes) > 1:
-            self.heat_map(ax=left)
-        else:
+        varied = self._varied
+        if len(varied) < 2:
             self.line(ax=left)
+        elif math.prod(len(self._axes[name].values) for name in varied[:2]) > 4 * len(self.points):
+            self.scatter(ax=left)
+        else:
+            self.heat_map(ax=left)
         self.plot_curves(ax=right)
+        return left, right
+
+    @cached_property
+    def _axes(self) -> dict[str, "_Axis"]:
+        return {name: _Axis.of([point[name] for point in self.points]) for name in self.names}
 
     @property
-    def _axes(self) -> list[str]:
+    def _varied(self) -> list[str]:
         """The hyperparameters of more than one value, those of most values first."""
-        counts = {name: len(self._values(name)) for name in self.names}
-        return sorted((name for name in self.names if counts[name] > 1), key=lambda name: -counts[name])
-
-    def _values(self, name: str) -> list[Any]:
-        """Its values, in the order of numbers, or in which they were given."""
-        different: list[Any] = []
-        for point in self.points:
-            if point[name] not in different:
-                different.append(point[name])
-        return sorted(different) if all(map(_is_number, different)) else different
+        several = [name for name in self.names if len(self._axes[name].values) > 1]
+        return sorted(several, key=lambda name: -len(self._axes[name].values))
 
     @cached_property
     def _good(self) -> np.ndarray:
@@ -209,28 +208,26 @@ class Sweep:
           KeyError: no hyperparameter has this name.
         """
         ax = ax or plots.new_axes()
-        name = self._named(name, *self._axes, *self.names)
-        values = self._values(name)
-        numbers = all(map(_is_number, values))
-        places = values if numbers else list(range(len(values)))
-        best = [self._best_with(**{name: value}) for value in values]
-        shown = [(x, k) for x, k in zip(places, best, strict=True) if k is not None]
+        name = self._named(name, *self._varied, *self.names)
+        axis = self._axes[name]
+        best = [self._best_with({name: i}) for i in range(len(axis.values))]
+        shown = [(x, k) for x, k in zip(axis.places, best, strict=True) if k is not None]
         if shown:
             x = [x for x, _ in shown]
             y = self.final[self.by][[k for _, k in shown]]
-            ax.plot(x, y.mean(axis=1), color="C0", marker="o", markersize=4)
-            if len(self.seeds) > 1:
+            ax.plot(x, y.mean(axis=1), color="C0", marker="o", markersize=4, linestyle="-" if axis.numeric else "none")
+            if len(self.seeds) > 1 and axis.numeric:
                 ax.fill_between(x, y.min(axis=1), y.max(axis=1), color="C0", alpha=0.2, linewidth=0)
-        for x, k in zip(places, best, strict=True):
+        for x, k in zip(axis.places, best, strict=True):
             if k is None:
                 ax.plot(x, 0.03, "x", color="C3", transform=ax.get_xaxis_transform())
-        if numbers and plots.spans_decades(values):
+        if not axis.numeric:
+            _set_ticks(ax, "x", axis)
+        elif plots.spans_decades(axis.places):
             ax.set_xscale("log")
-        elif not numbers:
-            ax.set_xticks(places, list(map(_label, values)))
         if plots.spans_decades([self.final[self.by][k].mean() for _, k in shown]):
             ax.set_yscale("log")
-        others = [other for other in self._axes if other != name]
+        others = [other for other in self._varied if other != name]
         plots.style(ax, xlabel=plots.words(name), ylabel=plots.words(self.by), title=_over(others))
         return ax
 
@@ -242,41 +239,64 @@ class Sweep:
 
         Raises:
           KeyError: no hyperparameter has this name.
-          ValueError: fewer than two hyperparameters differ.
+          ValueError: there are fewer than two hyperparameters.
         """
-        from matplotlib.colors import LogNorm, Normalize
         from matplotlib.patches import Rectangle
 
-        if len(self.names) < 2:
-            raise ValueError("a heat map needs two hyperparameters; draw line() for one")
+        x, y = self._pair(x, y)
         ax = ax or plots.new_axes(6.4, 4.8)
-        x = self._named(x, *(name for name in (*self._axes, *self.names) if name != y))
-        y = self._named(y, *(name for name in (*self._axes, *self.names) if name != x))
-        columns, rows = self._values(x), self._values(y)
+        columns, rows = self._axes[x], self._axes[y]
         mean = self.final[self.by].mean(axis=1)
-        best = [[self._best_with(**{x: column, y: row}) for column in columns] for row in rows]
+        best = [[self._best_with({x: j, y: i}) for j in range(len(columns.values))] for i in range(len(rows.values))]
         cells = np.array([[np.nan if k is None else mean[k] for k in row] for row in best])
-        finite = cells[np.isfinite(cells)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        norm = LogNorm(low, high) if plots.spans_decades(finite) else Normalize(low, high)
-        colors = "viridis" if self.largest else "viridis_r"
+        norm, colors = self._colors(cells)
         drawn = ax.imshow(cells, origin="lower", aspect="auto", cmap=colors, norm=norm)
-        if finite.size:
+        if np.isfinite(cells).any():
             ax.figure.colorbar(drawn, ax=ax, label=plots.words(self.by))
         for (i, j), value in np.ndenumerate(cells):
             if best[i][j] is None:
-                if self._points_with(**{x: columns[j], y: rows[i]}):
+                if self._points_with({x: j, y: i}):
                     ax.text(j, i, "×", ha="center", va="center", color="C3")
-            elif len(columns) <= 9 and len(rows) <= 12:
+            elif len(columns.values) <= 9 and len(rows.values) <= 12:
                 dark = (norm(value) < 0.5) == self.largest
                 ax.text(j, i, f"{value:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
             if best[i][j] == self.order[0]:
                 ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="C3", linewidth=2.5))
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(columns) > 6 else {}
-        ax.set_xticks(range(len(columns)), list(map(_label, columns)), **turned)
-        ax.set_yticks(range(len(rows)), list(map(_label, rows)))
-        others = [name for name in self._axes if name not in (x, y)]
+        _set_ticks(ax, "x", columns)
+        _set_ticks(ax, "y", rows)
+        others = [name for name in self._varied if name not in (x, y)]
         ax.set(xlabel=plots.words(x), ylabel=plots.words(y), title=_over(others))
+        return ax
+
+    def scatter(self, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
+        """The result at each pair of values of two hyperparameters, for points that are no grid. × where it diverged.
+
+        Args:
+          x, y: their names; `None`: those of most values.
+
+        Raises:
+          KeyError: no hyperparameter has this name.
+          ValueError: there are fewer than two hyperparameters.
+        """
+        x, y = self._pair(x, y)
+        ax = ax or plots.new_axes(6.4, 4.8)
+        axes = self._axes[x], self._axes[y]
+        places = np.array([[axis.places[i] for i in axis.index] for axis in axes])
+        mean = np.where(self._good, self.final[self.by].mean(axis=1), np.nan)
+        norm, colors = self._colors(mean)
+        ax.plot(*places[:, ~self._good], "x", color="C3", markersize=4)
+        # The best on top.
+        order = [k for k in reversed(self.order) if self._good[k]]
+        if order:
+            drawn = ax.scatter(*places[:, order], c=mean[order], cmap=colors, norm=norm, s=30)
+            ax.figure.colorbar(drawn, ax=ax, label=plots.words(self.by))
+            ax.scatter(*places[:, order[-1:]], s=110, facecolors="none", edgecolors="C3", linewidths=2)
+        for which, axis in zip("xy", axes, strict=True):
+            if not axis.numeric:
+                _set_ticks(ax, which, axis)
+            elif plots.spans_decades(axis.places):
+                ax.set(**{f"{which}scale": "log"})
+        plots.style(ax, xlabel=plots.words(x), ylabel=plots.words(y))
         return ax
 
     def plot_curves(self, by: str | None = None, name: str = "loss", ax: "Axes | None" = None) -> "Axes":
@@ -286,18 +306,22 @@ class Sweep:
 
         Args:
           by: the hyperparameter of the colours; `None`: that of most values.
-          name: of the curves.
+          name: of the curves: "loss", or of what `loss_fn` gave beside it.
+
+        Raises:
+          KeyError: there are no curves of this name, or no hyperparameter.
         """
         import matplotlib as mpl
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
+        if name not in self.curves:
+            raise KeyError(f"there are no curves {name!r}, but {', '.join(self.curves)}")
+        by = self._named(by, *self._varied, *self.names)
         ax = ax or plots.new_axes()
-        by = self._named(by, *self._axes, *self.names)
-        values = self._values(by)
-        numbers = all(map(_is_number, values))
-        places = [float(value) if numbers else float(k) for k, value in enumerate(values)]
-        norm = (LogNorm if numbers and plots.spans_decades(values) else Normalize)(min(places), max(places))
+        axis = self._axes[by]
+        log = axis.numeric and plots.spans_decades(axis.places)
+        norm = (LogNorm if log else Normalize)(min(axis.places), max(axis.places))
         # Its yellow is hard to see on white.
         cmap = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 256)))
         bad = np.any(self.diverged, axis=1)
@@ -307,10 +331,10 @@ class Sweep:
             with np.errstate(invalid="ignore", over="ignore"):
                 mean = self.curves[name][k].mean(axis=0)
             first = k == self.order[0] and not bad[k]
-            color = "0.6" if bad[k] else cmap(norm(places[values.index(self.points[k][by])]))
-            line = ":" if bad[k] else "-"
+            color = "0.6" if bad[k] else cmap(norm(axis.places[axis.index[k]]))
             smooth = plots.running_mean(mean, width)
-            ax.plot(smooth, color=color, linewidth=2.5 if first else 1, linestyle=line)
+            marker = "." if self.steps == 1 else None
+            ax.plot(smooth, color=color, linewidth=2.5 if first else 1, linestyle=":" if bad[k] else "-", marker=marker)
             if not bad[k] or bad.all():
                 shown.append(smooth)
         finite = np.array(shown)[np.isfinite(shown)]
@@ -321,22 +345,39 @@ class Sweep:
                 ax.set_ylim(low / 1.2, high * 1.2)
             elif high > low:
                 ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        if numbers and len(values) > 1:
+        if axis.numeric and len(axis.values) > 1:
             ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, label=plots.words(by))
-        elif len(values) > 1:
-            for value, place in zip(values, places, strict=True):
-                ax.plot([], [], color=cmap(norm(place)), label=_label(value))
-            ax.legend(title=plots.words(by), frameon=False)
+        elif 1 < len(axis.values) <= 12:
+            for label, place in zip(axis.labels, axis.places, strict=True):
+                ax.plot([], [], color=cmap(norm(place)), label=label)
+            ax.legend(title=plots.words(by), frameon=False, fontsize="small")
         of = f", mean of {width} steps" if width > 1 else ""
         plots.style(ax, xlabel="step", ylabel=f"{plots.words(name)}{of}", xlim=(0, max(1, self.steps - 1)))
         return ax
 
-    def _points_with(self, **values: Any) -> list[int]:
-        """Those with these values, the best first."""
-        return [k for k in self.order if all(self.points[k][name] == value for name, value in values.items())]
+    def _colors(self, values: np.ndarray) -> tuple["Normalize", str]:
+        """A scale of colours for these, in which the best are light."""
+        from matplotlib.colors import LogNorm, Normalize
 
-    def _best_with(self, **values: Any) -> int | None:
-        return next((k for k in self._points_with(**values) if self._good[k]), None)
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        scale = LogNorm if plots.spans_decades(finite) else Normalize
+        return scale(low, high), "viridis" if self.largest else "viridis_r"
+
+    def _points_with(self, places: Mapping[str, int]) -> list[int]:
+        """Those with these values, given by their numbers on the axes; the best first."""
+        hit = np.all([self._axes[name].index == i for name, i in places.items()], axis=0)
+        return [k for k in self.order if hit[k]] if hit.any() else []
+
+    def _best_with(self, places: Mapping[str, int]) -> int | None:
+        return next((k for k in self._points_with(places) if self._good[k]), None)
+
+    def _pair(self, x: str | None, y: str | None) -> tuple[str, str]:
+        if len(self.names) < 2:
+            raise ValueError("this picture needs two hyperparameters; draw line() for one")
+        names = list(dict.fromkeys([*self._varied, *self.names]))
+        x = self._named(x, *(name for name in names if name != y))
+        return x, self._named(y, *(name for name in names if name != x))
 
     def _named(self, name: str | None, *defaults: str) -> str:
         if name is None:
@@ -344,6 +385,64 @@ class Sweep:
         if name not in self.names:
             raise KeyError(f"the sweep has no hyperparameter {name!r}; it has {', '.join(self.names)}")
         return name
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """The values of one hyperparameter."""
+
+    values: list[Any]  # different ones: numbers in their order, others as they were given
+    index: np.ndarray  # (points)  which of them each point has
+    numeric: bool
+
+    @classmethod
+    def of(cls, given: list[Any]) -> "_Axis":
+        values: list[Any] = []
+        numbers: dict[Any, int] = {}
+        index = []
+        for value in given:
+            place = numbers.get(value) if _is_number(value) else _place(value, values)
+            if place is None:
+                place = len(values)
+                values.append(value)
+            if _is_number(value):
+                numbers[value] = place
+            index.append(place)
+        numeric = all(_is_number(value) and math.isfinite(value) for value in values)
+        if not numeric:
+            return cls(values, np.array(index), False)
+        order = np.argsort(np.array(values, float))
+        return cls([values[k] for k in order], np.argsort(order)[index], True)
+
+    @property
+    def places(self) -> list[float]:
+        """Where they stand on an axis of a picture."""
+        return [float(value) for value in self.values] if self.numeric else list(map(float, range(len(self.values))))
+
+    @property
+    def labels(self) -> list[str]:
+        return [plots.label(_label(value), 24) for value in self.values]
+
+
+def _place(value: Any, values: Sequence[Any]) -> int | None:
+    return next((k for k, other in enumerate(values) if _same(value, other)), None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether these are the same value: not 1 and True, and arrays only if they are one object."""
+    if one is other or (_is_number(one) and _is_number(other)):
+        return bool(one is other or one == other)
+    return type(one) is type(other) and not isinstance(one, np.ndarray | jax.Array) and bool(one == other)
+
+
+def _set_ticks(ax: "Axes", which: str, axis: _Axis) -> None:
+    """The values at the places 0, 1, ..., as many as there is room for."""
+    every = math.ceil(len(axis.values) / 16)
+    labels = axis.labels[::every]
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    long = which == "x" and (len(labels) > 6 or max(map(len, labels)) * len(labels) > 50)
+    places = range(0, len(axis.values), every)
+    (ax.set_xticks if which == "x" else ax.set_yticks)(places, labels, **(turned if long else {}))
 
 
 def sweep(
@@ -384,8 +483,8 @@ def sweep(
       grid: {name: values}, of which every combination is a point; or points, such as drawn at random, one by one.
       loss_fn: `loss_fn(params, batch) -> loss`, or with `has_aux` `(loss, {name: scalar})`, which become curves.
       params: the parameters at the start, or a function of a PRNG key that makes them.
-      batches: arrays with an axis of batches in front; an iterable of batches; or a function of a seed that gives one
-        of these.
+      batches: arrays with an axis of batches in front; a list or another iterable of batches; or a function of a seed
+        that gives one of these.
       steps: updates of each member; `None`: as many as there are batches. Where there are fewer, they come again.
       seeds: those that `params` and `batches` are called with: these, or as many, from 0. Members of one seed see the
         same.
@@ -404,8 +503,13 @@ def sweep(
     """
     points = _points(grid)
     task = Task(loss_fn, params, batches, steps, seeds=seeds, has_aux=has_aux, evaluate=evaluate)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    if chunk is not None and not (isinstance(chunk, int | np.integer) and chunk >= 1):
+        raise ValueError(f"chunk must be an integer >= 1, not {chunk!r}")
+    if not callable(make_rule):
+        raise TypeError(
+            "make_rule is a function of the hyperparameters that gives a rule, adamw or "
+            f"lambda rate: chain(clip_by_global_norm(1.0), adamw(rate)), not {make_rule!r}"
+        )
     measured = ["loss", *task.evaluated_names]
     by = by if by is not None else measured[min(1, len(measured) - 1)]
     if by not in measured:
@@ -427,6 +531,11 @@ def sweep(
         by=by,
         largest=largest,
         programs=len(programs),
+        built_with=tuple(
+            name
+            for name in points[0]
+            if name not in programs[0][1].values and len(_Axis.of([point[name] for point in points]).values) > 1
+        ),
         compile_seconds=compiling,
         seconds=seconds - compiling,
     )
@@ -434,12 +543,16 @@ def sweep(
 
 def _points(grid: Any) -> list[dict[str, Any]]:
     if isinstance(grid, Mapping):
-        values = {name: list(several) for name, several in grid.items()}
+        values = {name: _listed(name, several) for name, several in grid.items()}
         if empty := [name for name, several in values.items() if not several]:
             raise ValueError(f"the grid has no value for {', '.join(empty)}")
         points = [dict(zip(values, combined, strict=True)) for combined in itertools.product(*values.values())]
     else:
-        points = [dict(point) for point in grid]
+        points = list(grid)
+        if unlike := [point for point in points if not isinstance(point, Mapping)]:
+            raise TypeError(
+                f"the grid is {{name: values}}, or points such as {{'learning_rate': 0.1}}, not {unlike[0]!r}"
+            )
     if not points or not points[0]:
         raise ValueError("the grid is empty; it is {name: values}, or points such as {'learning_rate': 0.1}")
     if unlike := [point for point in points if point.keys() != points[0].keys()]:
@@ -447,6 +560,14 @@ def _points(grid: Any) -> list[dict[str, Any]]:
             f"the points name different hyperparameters: {', '.join(points[0])} and {', '.join(unlike[0])}"
         )
     return [{name: _python(point[name]) for name in points[0]} for point in points]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable) or (hasattr(values, "shape") and not values.shape):
+        raise TypeError(
+            f"the grid has a list of values for each name; that of {name} is {values!r}: write [{values!r}]"
+        )
+    return list(values)
 
 
 def _programs(
@@ -474,7 +595,7 @@ def _grouped(
     for k, point in enumerate(points):
         fixed = {name: value for name, value in point.items() if name not in live}
         for known, members in groups:
-            if known == fixed:
+            if all(_same(known[name], value) for name, value in fixed.items()):
                 members.append(k)
                 break
         else:
@@ -528,6 +649,10 @@ def _train(program: Program, points: list[int], chunk: int | None, found: _Found
         while True:
             for of_seeds, of_points in itertools.islice(parts, blocks - len(running) if going else 0):
                 block, cells = Block(program, of_points, of_seeds), np.ix_(np.array(points)[of_points], of_seeds)
+                while going and not block.is_compiled(PART):
+                    going = bar.advance(0, "compiling")
+                if not going:
+                    break
                 fresh = int(np.count_nonzero(found.done[cells] == 0))
                 running[pool.submit(block.advance, PART)] = block, cells, fresh
             if not running:
@@ -577,7 +702,7 @@ def _python(x: Any) -> Any:
 
 
 def _cell(x: Any) -> Any:
-    return x if _is_number(x) or x is None else str(x)
+    return x if _is_number(x) or x is None else getattr(x, "__name__", str(x))
 
 
 def _label(x: Any) -> str:

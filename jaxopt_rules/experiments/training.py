@@ -6,9 +6,10 @@ that it trains side by side, as far as it is told to.
 
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,8 @@ class Task:
       loss_fn: `loss_fn(params, batch) -> loss`, or with `has_aux` `(loss, {name: scalar})`.
       params: the parameters at the start, a pytree, or a function of a PRNG key that makes them. What is no array of
         floating-point numbers is left as it is.
-      batches: a pytree of arrays with an axis of batches in front; or an iterable of batches; or a function of a seed
-        that gives one of these.
+      batches: a pytree of arrays with an axis of batches in front; or a list or another iterable of batches, of which
+        `steps` are taken; or a function of a seed that gives one of these.
       steps: how many updates; `None`: as many as there are batches. Where there are fewer, they come again.
       seeds: the seeds that `params` and `batches` are called with: those given, or as many as this, from 0.
       evaluate: a function of the parameters that gives a scalar, or a dict of scalars, at the end. Where the rule keeps
@@ -62,10 +63,8 @@ class Task:
         evaluate: Callable[[Any], Any] | None = None,
     ) -> None:
         self.loss_fn, self.has_aux, self.evaluate = loss_fn, has_aux, evaluate
-        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(map(int, seeds))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be a number from 1, or different integers, not {seeds!r}")
-        if steps is not None and not (isinstance(steps, int | np.integer) and steps >= 1):
+        self.seeds = _listed(seeds)
+        if steps is not None and not (_is_whole(steps) and steps >= 1):
             raise ValueError(f"steps must be an integer >= 1, not {steps!r}")
         self._set_data(batches, steps)
         self._set_starts(params)
@@ -125,8 +124,9 @@ class Task:
         if not _is_scalar(loss):
             hint = "; with has_aux=True it may give (loss, {name: scalar})" if isinstance(found, tuple) else ""
             raise TypeError(f"loss_fn must give a scalar, not {_described(loss)}{hint}")
-        if not isinstance(aux, Mapping) or not all(map(_is_scalar, aux.values())):
-            raise TypeError(f"with has_aux=True, loss_fn must give (loss, {{name: scalar}}), not {_described(aux)}")
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(f"loss_fn must give a floating-point number, not {jnp.result_type(loss)}")
+        _check_scalars(aux, "with has_aux=True, loss_fn must give (loss, {name: scalar})")
         if "loss" in aux:
             raise ValueError("what loss_fn gives beside the loss cannot be called 'loss'")
         return loss, dict(aux)
@@ -136,8 +136,9 @@ class Task:
             return {}
         found = self.evaluate(params)
         values = dict(found) if isinstance(found, Mapping) else {"score": found}
-        if not all(map(_is_scalar, values.values())):
-            raise TypeError(f"evaluate must give a scalar or {{name: scalar}}, not {_described(found)}")
+        _check_scalars(values, "evaluate must give a scalar or {name: scalar}")
+        if "loss" in values:
+            raise ValueError("what evaluate gives cannot be called 'loss', as that of the last steps is; test_loss?")
         return values
 
     def _names_of_evaluated(self) -> tuple[str, ...]:
@@ -159,6 +160,25 @@ def _is_scalar(x: Any) -> bool:
     return (hasattr(x, "dtype") and jnp.shape(x) == ()) or isinstance(x, int | float)
 
 
+def _check_scalars(values: Any, text: str) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{text}, not {_described(values)}")
+    for name, value in values.items():
+        if not isinstance(name, str) or not _is_scalar(value):
+            raise TypeError(f"{text}, not {{{name!r}: {_described(value)}}}")
+
+
+def _listed(seeds: Any) -> tuple[int, ...]:
+    listed = list(range(seeds)) if _is_whole(seeds) else list(seeds) if isinstance(seeds, Iterable) else []
+    if not listed or not all(map(_is_whole, listed)) or len(set(listed)) < len(listed):
+        raise ValueError(f"seeds must be a number from 1, or different integers, not {seeds!r}")
+    return tuple(map(int, listed))
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
 def _described(x: Any) -> str:
     return f"an array of shape {jnp.shape(x)}" if hasattr(x, "dtype") else f"{type(x).__name__}"
 
@@ -174,12 +194,18 @@ def _joined(same: Sequence[Any]) -> Any:
 
 
 def _stacked(batches: Any, steps: int | None) -> Any:
-    """Batches as arrays with an axis of batches in front."""
-    if hasattr(batches, "shape") or isinstance(batches, tuple | list | Mapping) or not isinstance(batches, Iterable):
+    """Batches as arrays with an axis of batches in front. A list is one of batches, a tuple one of arrays."""
+    if hasattr(batches, "shape") or isinstance(batches, tuple | Mapping) or not isinstance(batches, Iterable):
         return batches
     taken = list(batches if steps is None else itertools.islice(batches, steps))
     if not taken:
         raise ValueError("batches is empty")
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(batch)] for batch in taken]
+    if unlike := [k for k, shape in enumerate(shapes) if shape != shapes[0]]:
+        raise ValueError(
+            f"batches must have the same shapes; number 0 has {shapes[0]} and number {unlike[0]} {shapes[unlike[0]]} "
+            "(of a DataLoader, drop_last=True leaves out the last, shorter one)"
+        )
     return _joined(taken)
 
 
@@ -338,15 +364,24 @@ class Program:
             began = time.perf_counter()
             lowered = jax.jit(getattr(self, function), donate_argnums=donate).lower(*args)
 
+            future: Future[Callable[..., Any]] = Future()
+
             def compile_it() -> Callable[..., Any]:
                 program = lowered.compile()
                 self.compile_seconds += time.perf_counter() - began
                 return program
 
-            thread = ThreadPoolExecutor(1)
-            self._compiled[key] = thread.submit(compile_it)
-            thread.shutdown(wait=False)
+            # A daemon, which does not keep a program from ending that was interrupted.
+            threading.Thread(target=_fulfil, args=(future, compile_it), daemon=True).start()
+            self._compiled[key] = future
         return self._compiled[key]
+
+
+def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 class Block:
@@ -362,12 +397,18 @@ class Block:
         starts = list(map(of_seeds, task.starts))
         self._carry = program.carry_like(len(picked), len(starts[0]))
         self._run = program.compiled("_advance", *self._arguments(0), donate=(0,))
-        self._carry = program.begin(picked, starts)
+        # On the device now: a thread that trains it may have another setting of 64-bit types.
+        self._carry, self._values = jax.device_put((program.begin(picked, starts), self._values))
 
     def wait(self) -> None:
         """Until it is compiled and has made a step, which is not kept: what happens once is in no later time."""
         carry, *others = self._arguments(1)
         jax.block_until_ready(self._run.result()(jax.tree.map(trees.own, carry), *others))
+
+    def is_compiled(self, seconds: float) -> bool:
+        """Waits for so long at most. Raises what compilation raised."""
+        wait([self._run], seconds)
+        return self._run.done() and self._run.result() is not None
 
     def advance(self, seconds: float = math.inf) -> int:
         """Trains for about as long as this, at most to the task's end, and waits. Returns how many steps it was.
@@ -426,18 +467,25 @@ def last_losses(curves: np.ndarray, done: int) -> np.ndarray:
 
 
 def diverged(curves: np.ndarray, last: np.ndarray, done: Any) -> np.ndarray:
-    """Which runs have a loss that is not finite, or end above twice the one they began with.
+    """Which runs end at what is not finite, or higher than they began: above twice the first loss, and above it by
+    three times what the losses of the last tenth differ by from one step to the next, which is noise of batches.
 
     Args:
       curves: (..., steps)  losses.
       last: (...)  those that they end with, of `last_losses`.
       done: (...)  how many steps were made.
     """
-    made = np.arange(curves.shape[-1]) < np.asarray(done)[..., None]
-    first = curves[..., 0] if curves.shape[-1] else np.full(curves.shape[:-1], np.nan)
-    with np.errstate(invalid="ignore"):
-        risen = last > first + abs(first)
-    return risen | np.any(~np.isfinite(curves) & made, axis=-1)
+    counts = np.broadcast_to(done, last.shape)
+    found = np.zeros(last.shape, bool)
+    for k in np.ndindex(last.shape):
+        losses = curves[k][: counts[k]].astype(float)
+        if not len(losses):
+            continue
+        tail = losses[-max(2, round(TAIL * len(losses))) :]
+        with np.errstate(invalid="ignore", over="ignore"):
+            noise = np.std(np.diff(tail)) / math.sqrt(2) if len(tail) > 2 else 0.0
+            found[k] = not last[k] <= losses[0] + abs(losses[0]) + 3 * noise
+    return found
 
 
 def _over(
