@@ -9,8 +9,14 @@ from jaxopt_rules.commands import compare, conformance, explain, range_test, swe
 from jaxopt_rules.commands.arguments import INTERRUPTED, PROGRAM, Parser
 from jaxopt_rules.experiments.data import UserError
 
-# What the commands may lack, and the extra that has it.
-EXTRAS = dict.fromkeys(["sklearn", "pandas", "rich", "matplotlib"], "experiments") | {"safetensors": "checkpoints"}
+# What the commands may lack, by the names of modules: the package, and the extra that has it.
+EXTRAS = {
+    "sklearn": ("scikit-learn", "experiments"),
+    "pandas": ("pandas", "experiments"),
+    "rich": ("rich", "experiments"),
+    "matplotlib": ("matplotlib", "experiments"),
+    "safetensors": ("safetensors", "checkpoints"),
+}
 
 CLOSED_PIPE = 141  # the exit code that shells give to programs whose output is not read to its end
 
@@ -41,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:
             raise
-        return _refuse(f'this needs {missing}: pip install "jaxopt_rules[{EXTRAS[missing]}]"')
+        package, extra = EXTRAS[missing]
+        return _refuse(f'this needs {package}: pip install "jaxopt_rules[{extra}]"')
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -61,9 +68,17 @@ def _as_program() -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Who read the output, such as `head`, has enough. Python would write what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who read the output, such as `head`, has enough.
+        _drop_output()
         return CLOSED_PIPE
+    except OSError as error:  # such as a full disk
+        _drop_output()
+        return _refuse(str(error))
+
+
+def _drop_output() -> None:
+    # Python would write what is left when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

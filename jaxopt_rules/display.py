@@ -65,8 +65,18 @@ def _entries(numbers: Mapping[str, Any]) -> Iterator[str]:
     # In the order of the public names, since JAX brings a dict in that of its own.
     for name, stored in sorted(numbers.items(), key=lambda entry: public_name(entry[0])):
         value = stored.value if isinstance(stored, Scheduled) else stored
+        value = _as_array(value) if isinstance(value, int | float) else value
         text = _number_text(value, name) if _is_array(value) else _leaf_text(value)
         yield f"{public_name(name)}: {text}{' (scheduled)' if isinstance(stored, Scheduled) else ''}"
+
+
+def _as_array(x: float) -> np.ndarray:
+    """A number of Python. One that `tolist` made of a float32 has the digits of that."""
+    if isinstance(x, float):
+        with np.errstate(over="ignore"):
+            narrow = np.float32(x)
+        return np.asarray(narrow if float(narrow) == x else x)
+    return np.asarray(x)
 
 
 def _part_text(x: Any) -> str:
@@ -125,17 +135,19 @@ def _number_text(x: Any, stored_name: str = "") -> str:
     numbers = _readable(x)
     if numbers is None or numbers.size == 0:
         return _kind_text(x)
-    floating = jnp.issubdtype(numbers.dtype, jnp.floating)
+    complement = stored_name.startswith(COMPLEMENT)
+    exact = not jnp.issubdtype(numbers.dtype, jnp.floating)
+    as_it_is = exact and not (complement and jnp.issubdtype(numbers.dtype, jnp.integer))
 
     def text(number: Any) -> str:
-        return repr(decimal(stored_name, number)) if floating else str(number)
+        return str(number) if as_it_is else repr(decimal(stored_name, number))
 
     if numbers.ndim == 0:
         return text(numbers[()])
     if numbers.ndim == 1 and numbers.size <= _MOST_VALUES:
         return f"[{', '.join(map(text, numbers))}]"
     ends = [text(numbers.min()), text(numbers.max())]
-    if stored_name.startswith(COMPLEMENT):
+    if complement:
         ends.reverse()
     return f"{_kind_text(x)} of {ends[0]}" if ends[0] == ends[1] else f"{_kind_text(x)} from {ends[0]} to {ends[1]}"
 

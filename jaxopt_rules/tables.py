@@ -6,10 +6,13 @@ from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from numbers import Integral, Number
 from typing import Any
 
 from jaxopt_rules import markup
+
+_MOST_ROWS = 1000  # that are shown in HTML
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,11 +25,14 @@ class Table:
 
     @property
     def rows(self) -> list[Any]:
-        """The rows without the total, as named tuples of numbers and text; `top-1` is called `top_1` in them."""
-        return list(map(namedtuple("Row", map(_field, self.columns))._make, self.cells))
+        """The rows without the total, as named tuples of numbers and text.
+
+        `top-1` is called `top_1` in them, and where several columns have one name, the second is called `top_1_2`.
+        """
+        return list(map(namedtuple("Row", _fields(self.columns))._make, self.cells))
 
     def __repr__(self) -> str:
-        lines, right = self._lines(), self._right()
+        lines, right = self._lines(self.cells), self._right()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
         def aligned(line: Sequence[str]) -> str:
@@ -40,19 +46,21 @@ class Table:
         return "\n".join([head, ruler, *body])
 
     def _repr_html_(self) -> str:
-        """All rows, in a box of its own that scrolls where there are many."""
+        """The first thousand rows, in a box of its own that scrolls where there are many."""
         right = self._right()
         # A number stays on one line with its unit.
         head, *body = [
             [escape(x).replace(" ", "&nbsp;") if side else escape(x) for x, side in zip(line, right, strict=True)]
-            for line in self._lines()
+            for line in self._lines(self.cells[:_MOST_ROWS])
         ]
         foot = () if self.total is None else body.pop()
+        if more := len(self.cells[_MOST_ROWS:]):
+            body.append([markup.faint(f"and {more:,} more rows: .rows has all")])
         return f'<div style="max-height: 40em; overflow: auto">{markup.table(head, body, foot, right)}</div>'
 
-    def _lines(self) -> list[list[str]]:
-        rows = self.cells if self.total is None else (*self.cells, self.total)
-        return [list(self.columns)] + [list(map(_text, self.columns, row)) for row in rows]
+    def _lines(self, cells: tuple[tuple[Any, ...], ...]) -> list[list[str]]:
+        rows = cells if self.total is None else (*cells, self.total)
+        return [list(map(str, self.columns))] + [list(map(_text, self.columns, row)) for row in rows]
 
     def _right(self) -> list[bool]:
         """Which columns hold numbers."""
@@ -60,9 +68,19 @@ class Table:
         return [bool(column) and all(isinstance(x, Number) or x in ("", None) for x in column) for column in columns]
 
 
-def _field(column: str) -> str:
-    """The name of a column as one that Python takes."""
-    name = re.sub(r"\W", "_", column)
+def _fields(columns: Sequence[Any]) -> list[str]:
+    """The names of columns as those that Python takes, each once."""
+    plain = list(map(_field, columns))
+    names: list[str] = []
+    for name in plain:
+        others = (f"{name}_{k}" for k in count(2))
+        free = next(other for other in others if other not in plain and other not in names) if name in names else name
+        names.append(free)
+    return names
+
+
+def _field(column: Any) -> str:
+    name = re.sub(r"\W", "_", str(column))
     return name if name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_") else f"x{name}"
 
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import math
+from types import SimpleNamespace
 
 import pytest
 from command_line import check_refused
@@ -10,6 +11,7 @@ from table import ROWS
 
 import jaxopt_rules as jr
 from jaxopt_rules.commands import rules
+from jaxopt_rules.commands.problems import batches_of
 from jaxopt_rules.commands.rules import read, read_axis, read_named
 from jaxopt_rules.experiments.data import UserError
 
@@ -174,3 +176,9 @@ def test_names_of_rules():
     named = read_named(["sgd(0.1, momentum=0.9)", " heavy ball = sgd(0.1, momentum=0.9)", "b1=adam(b1=0.5)"])
     assert list(named) == ["sgd(0.1, momentum=0.9)", "heavy ball", "b1"]
     assert [written.rule() for written in named.values()] == [*[jr.sgd(0.1, momentum=0.9)] * 2, jr.adam(b1=0.5)]
+
+
+@pytest.mark.parametrize(("steps", "batches"), [(5, 5), (10**7, 10_000), (None, 10_000)])
+def test_long_runs_see_their_batches_again(steps, batches):
+    problem = SimpleNamespace(batches=lambda seed, count: (seed, count))
+    assert batches_of(problem, steps)(3) == (3, batches)

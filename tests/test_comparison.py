@@ -1,5 +1,7 @@
 """Comparisons: the numbers are those of plain loops, budgets are fair, and what goes wrong is said."""
 
+import dataclasses
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import pytest
 from conftest import quick_jit
 
 import jaxopt_rules as jr
-from jaxopt_rules.experiments import comparison, training
+from jaxopt_rules.experiments import comparison, plots, training
 from jaxopt_rules.experiments.comparison import Comparison, compare
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -221,11 +223,84 @@ def test_an_interrupt_returns_what_there_is(turns, notes, monkeypatch):
 
 def test_pictures(result):
     ax = result.plot_curves()
-    assert [line.get_label() for line in ax.get_lines()] == result.order[::-1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == result.order
     assert [text.get_text() for text in ax.get_legend().get_texts()] == result.order
     assert result.plot_curves("seconds").get_xlabel() == "seconds of training"
     assert [text.get_text() for text in result.plot_final("loss").get_yticklabels()] == result.order
-    assert len(result.plot().axes) == 3
+    assert result.plot().shape == (3,)
+
+
+TEXT = "partition({'muon': muon(0.02), 'rest': adamw(3e-4)}, by={'muon': 'hidden/**/w'})"
+
+
+def small(names=("a", "b"), loss_fn=loss_fn, **settings):
+    return compare(dict.fromkeys(names, jr.sgd(0.1)), loss_fn, init, batches, shown=False, **{"steps": 2, **settings})
+
+
+def test_rules_as_names_leave_room_for_the_curves():
+    result = small([TEXT, TEXT.replace("0.02", "0.05"), "_x", "x$_$y"])
+    axes = [*result.plot(), result.plot_curves()]
+    for ax in axes:
+        ax.figure.canvas.draw()  # warns where a layout collapses
+        inches = ax.get_window_extent().size / ax.figure.dpi
+        assert (inches > 2).all(), inches
+    texts = {text.get_text() for text in axes[-1].get_legend().get_texts()}
+    assert {" _x", r"x\$_\$y", plots.label(TEXT)} < texts
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("adam", "adam"),
+        ("", ""),
+        ("_x", " _x"),
+        ("x$_$y", r"x\$_\$y"),
+        ("one two three four", "one two\nthree…"),
+        ("x" * 30, "x" * 8 + "\n" + "x" * 7 + "…"),
+    ],
+)
+def test_labels(text, label):
+    assert plots.label(text, 8) == label
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_letters_that_the_font_lacks_are_no_warning():
+    assert "<img" in small(["日本"], seeds=1)._repr_html_()
+
+
+def test_a_curve_of_one_step_is_a_dot():
+    (line,) = small(["a"], steps=1, seeds=1).plot_curves().get_lines()
+    assert line.get_marker() == "o"
+
+
+def test_pictures_say_that_nothing_is_finite():
+    result = small(loss_fn=lambda params, batch: jnp.nan * loss_fn(params, batch))
+    assert [[text.get_text() for text in ax.texts] for ax in result.plot()] == [["no finite values"]] * 2 + [[]]
+
+
+def test_without_matplotlib_there_are_numbers_and_a_remark(result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    html = result._repr_html_()
+    assert "matplotlib is not installed" in html
+    assert "<table" in html
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install \"jaxopt_rules\[experiments\]\""):
+        result.plot()
+
+
+def test_results_are_equal_to_themselves_alone(result):
+    assert result == result
+    assert result != dataclasses.replace(result)
+    assert {result, *result.runs.values()}
+
+
+def test_seconds_of_numpy():
+    assert small(seconds=np.float32(0.01), seeds=1).seconds == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("note", 1), ("steps", 1), ("rule", 2), ("loss_std", 2)])
+def test_metrics_have_names_of_their_own(name, seeds):
+    with pytest.raises(ValueError, match=f"needs another name than {name}"):
+        small(seeds=seeds, evaluate=lambda params: {name: jnp.sum(params["b"])})
 
 
 @pytest.mark.parametrize(

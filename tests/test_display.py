@@ -207,7 +207,11 @@ def born(rate: Any) -> Any:
         ),
         (jax.vmap(jax.vmap(born))(jnp.array([[0.5], [0.75]])), "b2: f32[2,1] from 0.5 to 0.75, "),
         (jax.vmap(born)(jnp.zeros(0)), "b2: f32[0]"),
-        (jax.tree.map(lambda x: 0, born(0.5)), "count=0, hyper={b1: 0, b2: 0, eps: 0}, m={'b': 0, 'w': 0}, "),
+        (jax.tree.map(lambda x: 0, born(0.5)), "count=0, hyper={b1: 1.0, b2: 1.0, eps: 0}, m={'b': 0, 'w': 0}, "),
+        (jax.tree.map(lambda x: True, born(0.5)), "hyper={b1: True, b2: True, eps: True}, m="),
+        (jax.tree.map(lambda x: x.tolist(), born(0.5)), "count=0, hyper={b1: 0.9, b2: 0.5, eps: 1e-08}, m={'b': [0.0"),
+        (born(0.5)._replace(hyper={"one_minus_b1": 0.25, "eps": 1e300}), "hyper={b1: 0.75, eps: 1e+300}, m="),
+        (born(0.5)._replace(hyper={"one_minus_b1": np.int32(0), "eps": 1}), "hyper={b1: 1.0, eps: 1}, m="),
         (born(0.5)._replace(hyper=None), "count=0, hyper=None, m="),
         (born(0.5)._replace(m=None), "m=None, v={"),
         (born(0.5)._replace(m=[jnp.zeros(2, jnp.bfloat16), np.zeros(2, np.uint8), 1.5]), "m=[bf16[2], u8[2], 1.5], "),
@@ -556,3 +560,30 @@ def test_rows_of_columns_that_python_has_no_names_for():
     assert row._fields == ("top_1", "xlambda", "x5__", "loss")
     assert tuple(row) == (0.5, 1, 2, 3)
     assert repr(table).startswith("top-1  lambda  5 %  loss")
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (("loss", "loss", "loss"), ("loss", "loss_2", "loss_3")),
+        (("top-1", "top_1"), ("top_1", "top_1_2")),
+        (("a", "a", "a_2"), ("a", "a_3", "a_2")),
+        ((0, None, 0), ("x0", "xNone", "x0_2")),
+        (("",), ("x",)),
+    ],
+)
+def test_every_column_has_a_name_of_its_own_in_rows(columns, fields):
+    table = Table(columns, (tuple(range(len(columns))),))
+    assert table.rows[0]._asdict() == dict(zip(fields, range(len(columns)), strict=True))
+    assert repr(table).splitlines()[0].split() == [str(column) for column in columns if column != ""]
+    assert Reader(table._repr_html_()).cells[0] == list(map(str, columns))
+
+
+def test_html_has_the_first_thousand_rows():
+    cells = tuple((f"row {k}", k) for k in range(12_345))
+    table = Table(("name", "bytes"), cells, ("total", 12_345))
+    shown = Reader(table._repr_html_()).cells
+    assert len(shown) == 1 + 1000 + 2
+    assert shown[-3:] == [["row 999", "999\xa0B"], ["and 11,345 more rows: .rows has all"], ["total", "12.1\xa0KiB"]]
+    assert len(table.rows) == len(str(table).splitlines()) - 4 == 12_345
+    assert "more rows" not in Table(("name", "bytes"), cells[:1000])._repr_html_()

@@ -200,7 +200,7 @@ def test_its_table_and_pictures():
     assert rows["loss"].first == pytest.approx(found.series["loss"][0], rel=1e-4)
     assert rows["loss"].least == pytest.approx(found.series["loss"].min(), rel=1e-4)
     assert repr(found).startswith("History: 12 steps, clipped in ")
-    titles = [ax.get_title() for ax in found.plot().axes]
+    titles = [ax.get_title() for ax in found.plot()]
     assert titles == ["loss", "learning rate", "grad norm", "update ratio", "param norm", "clipped"]
     ratio = found.plot_series("update_ratio")
     assert ratio.get_yscale() == "log"
@@ -245,3 +245,28 @@ def test_an_interrupt_returns_what_there_is(monkeypatch):
 def test_what_cannot_be_recorded(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_many_groups_leave_room_for_the_curves():
+    groups = [f"block{k}/attention" for k in range(25)]
+    found = History.of({"loss": [2.0, 1.0]} | {f"grad_norm.{group}": [1.0, 2.0] for group in groups})
+    axes = found.plot()
+    for ax in [*axes, found.plot_series("grad_norm")]:
+        ax.figure.canvas.draw()
+        assert (ax.get_window_extent().size / ax.figure.dpi > 1.5).all()
+    assert [ax.get_legend() for ax in axes] == [None, None]
+    (legend,) = axes[0].figure.legends
+    assert {text.get_text() for text in legend.get_texts()} > set(groups)
+
+
+def test_no_step_and_one_have_pictures():
+    assert History.of({"loss": [], "clipped": []}).plot().shape == (2,)
+    assert "<img" in History.of({"loss": []})._repr_html_()
+    (line,) = History.of({"loss": [1.0]}).plot_series("loss").get_lines()
+    assert line.get_marker() == "o"
+
+
+def test_histories_are_equal_to_themselves_alone():
+    found = History.of({"loss": [1.0, 2.0]})
+    assert found == found
+    assert found != History.of({"loss": [1.0, 2.0]})

@@ -77,7 +77,7 @@ def test_examples_of_the_help_and_of_readme(example, files, capsys):
     assert main([command, *arguments, *few]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "---" in printed.out or "───" in printed.out
+    assert any(mark in printed.out for mark in ("---", "───", "RangeTest: "))
 
 
 @pytest.mark.parametrize("example", conformance.EXAMPLES)
@@ -96,6 +96,15 @@ def test_a_reader_that_has_enough_ends_it_quietly():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "jaxopt_rules", "explain", "adam()", "--problem", "wine"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "python -m jaxopt_rules: [Errno 28] No space left on device\n"
 
 
 def test_all_examples_are_in_the_help(capsys):
@@ -133,4 +142,6 @@ def test_a_missing_package_is_named(package, argv, files, monkeypatch, capsys):
     for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)
-    check_refused(argv, f'this needs {package}: pip install "jaxopt_rules[{EXTRAS[package]}]"', capsys)
+    name, extra = EXTRAS[package]
+    assert name == {"sklearn": "scikit-learn"}.get(package, package)
+    check_refused(argv, f'this needs {name}: pip install "jaxopt_rules[{extra}]"', capsys)

@@ -23,8 +23,9 @@ class Handle:
     def __init__(self):
         self.shown = []
 
-    def update(self, shown):
-        self.shown.append(shown.data)
+    def update(self, shown, *, raw):
+        assert raw
+        self.shown.append(shown)
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def jupyter(monkeypatch):
     """The pictures that a kernel is given."""
     handle = Handle()
 
-    def display(shown, display_id):
-        handle.update(shown)
+    def display(shown, *, raw, display_id):
+        handle.update(shown, raw=raw)
         return handle
 
     kernel = type("Shell", (), {"kernel": None})()
@@ -59,18 +60,19 @@ def test_in_jupyter(jupyter):
     with progress("a < b", 4) as bar:
         assert bar.advance(1, "<one>")
         assert bar.advance(3)
-    first, quarter, whole, last = jupyter
+    first, quarter, whole, last = (shown["text/html"] for shown in jupyter)
     assert first == "a &lt; b"
     assert quarter.startswith('a &lt; b <progress max="4" value="1.0"></progress>')
     assert quarter.endswith("s left &lt;one&gt;")
     assert 'value="4.0"' in whole
     assert last == ""
+    assert [shown["text/plain"] for shown in jupyter] == ["a < b", "a < b 25 %", "a < b 100 %", ""]
 
 
 def test_the_bar_goes_when_something_is_raised(jupyter):
     with pytest.raises(ZeroDivisionError), progress("title", 4):
         raise ZeroDivisionError
-    assert jupyter == ["title", ""]
+    assert [shown["text/html"] for shown in jupyter] == ["title", ""]
 
 
 def test_nothing_in_a_file_and_nothing_unasked_for(capsys, jupyter):

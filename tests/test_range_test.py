@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxopt_rules as jr
-from jaxopt_rules.experiments import range_test
+from jaxopt_rules.experiments import plots, range_test
 from jaxopt_rules.experiments.range_test import learning_rate_range_test
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -89,6 +89,9 @@ NOISE = jnp.array(np.random.default_rng(0).normal(size=101), jnp.float32)
         ({"make_rule": lambda rate: jr.chain(jr.scale(-1.0), jr.sgd(rate))}, False, "does not fall"),
         ({"loss_fn": lambda w, b: jnp.nan * jnp.sum(w)}, False, "the loss is not finite before the first update"),
         ({"loss_fn": lambda w, b: 1e6 * jnp.sum(w**2)}, False, "the loss diverges at once: low = 0.0001 is too high"),
+        ({"make_rule": lambda rate: jr.sgd(0.1)}, False, "make_rule does not use the learning rate that it is given"),
+        ({"make_rule": lambda rate: jr.sgd(rate + 0.1)}, True, "the loss falls most at the beginning: low = 0.0001 is"),
+        ({"steps": 10}, False, "10 steps are too few to tell a fall of the loss from its noise"),
     ],
 )
 def test_what_keeps_it_from_telling_more(keywords, suggested, note):
@@ -98,6 +101,72 @@ def test_what_keeps_it_from_telling_more(keywords, suggested, note):
     assert (result.suggestion is not None) == suggested
     assert (result.steepest is None) == (result.minimum is None) == (not suggested)
     assert "<img" in result._repr_html_()
+
+
+def regression(w, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y) ** 2)
+
+
+def rows(seed, size, sigma=0.1):
+    """Batches of so many rows of y = x · (1, −2, 3) + noise. Where there is one, its loss is χ² distributed."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(101, size, 3))
+    return jnp.float32(x), jnp.float32(x @ [1, -2, 3] + sigma * rng.normal(size=(101, size)))
+
+
+@pytest.mark.parametrize("shuffle", range(4))
+def test_noise_does_not_diverge(shuffle):
+    """Of batches of one row, the first may have a loss far below the others, or far above. Nothing is learnt here."""
+    result = ranged(loss_fn=regression, params=jnp.zeros(3), batches=rows(shuffle, 1), low=1e-7, high=1e-5)
+    assert result.diverged_at is None
+    assert result.suggestion is None
+    assert result.note == "the loss is too noisy to tell whether it falls: give seeds, larger batches or more steps"
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_what_diverges_within_noise_diverges(size):
+    result = ranged(loss_fn=regression, params=jnp.zeros(3), batches=rows(0, size), low=1e-7)
+    assert 0.05 < result.diverged_at < 5
+    assert np.isfinite(result.loss[: result.stop]).all()
+
+
+def test_what_falls_within_noise_is_found():
+    """The rate of steepest descent is that of the loss without noise, to a factor of two."""
+    noisy, exact = (
+        ranged(loss_fn=regression, params=jnp.zeros(3), batches=rows(0, size), low=1e-5) for size in (8, 500)
+    )
+    assert noisy.note == exact.note == ""
+    assert noisy.losses[0, :20].std() > 0.3 * noisy.losses[0, :20].mean()
+    assert 0.5 < noisy.suggestion / exact.suggestion < 2
+
+
+def test_one_loss_among_others_does_not_diverge():
+    peak = ranged(loss_fn=lambda w, b: 1 + b, batches=jnp.zeros(101).at[50].set(8.0), params=jnp.ones(2))
+    assert peak.diverged_at is None
+    step = ranged(loss_fn=lambda w, b: 1 + b, batches=jnp.zeros(101).at[50:].set(8.0), params=jnp.ones(2))
+    assert step.stop == 49  # updates: the first batch is behind none
+
+
+def test_what_falls_behind_a_rise_is_no_recovery():
+    """Steps of a rate far too high end anywhere, with few rows even where the loss is small."""
+    course = jnp.ones(101).at[51:70].set(3.0).at[70:].set(0.0) * (1 + 0.01 * NOISE)
+    result = ranged(loss_fn=lambda w, b: b, batches=course)
+    assert result.suggestion is None
+
+
+def test_a_picture_needs_matplotlib_alone(found, monkeypatch):
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    html = found._repr_html_()
+    assert "<img" not in html
+    assert "(no picture: matplotlib is not installed)" in html
+    assert "steepest" in html
+
+
+def test_results_are_equal_to_themselves_alone(found):
+    assert found == found
+    assert found != ranged(steps=20)
+    assert len({found, found}) == 1
 
 
 def test_it_ends_where_the_loss_is_not_finite(monkeypatch):
@@ -173,7 +242,8 @@ def test_its_picture(found):
         ({"steps": 2}, ValueError, "steps must be an integer >= 3, not 2"),
         ({"low": 1.0, "high": 0.1}, ValueError, "0 < low < high"),
         ({"low": 0.0}, ValueError, "0 < low < high"),
-        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": 0}, ValueError, "window must be an integer of at least 1, not 0"),
+        ({"window": 1.5}, ValueError, "window must be an integer of at least 1, not 1.5"),
     ],
 )
 def test_what_cannot_be_ranged(keywords, error, text):

@@ -31,7 +31,6 @@ EXAMPLES = (
 )
 
 STEPS, SEEDS = 300, 3  # of each rule
-BATCHES = 10_000  # of a run that is limited by seconds; then they come again
 DOCUMENTED, DOCUMENTED_STEPS = "sgd,momentum,adam,adamw", 1000
 
 
@@ -119,7 +118,7 @@ def _compare_rules(args: argparse.Namespace) -> int:
         named,
         problem.loss_fn,
         problem.init,
-        lambda seed: problem.batches(seed, steps or BATCHES),
+        problems.batches_of(problem, steps),
         steps,
         seconds=args.seconds,
         seeds=range(args.seed, args.seed + (args.seeds or SEEDS)),

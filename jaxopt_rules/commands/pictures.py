@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxopt_rules.experiments import output
 
 
@@ -21,10 +23,10 @@ def prepare(directory: Path) -> None:
 
 
 def save(plot: Callable[[], Any], path: Path) -> None:
-    """Writes what `plot` draws, a figure or axes of pyplot, as PNG."""
+    """Writes the figure of pyplot, of which `plot` gives the axes or an array of them, as PNG."""
     import matplotlib.pyplot as plt
 
-    figure = plot().figure
+    figure = np.ravel(plot())[0].figure
     try:
         output.save_picture(figure, path)
     finally:

@@ -1,7 +1,8 @@
 """The options that say what is learnt: `--problem`, or `--data` and `--target`."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from jaxopt_rules.commands import arguments
 from jaxopt_rules.experiments.data import DATASETS, MAX_CATEGORIES, MAX_NUMERIC_CLASSES, Dataset, UserError, read_csv
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 TABLES = {name.replace("_", "-"): load for name, load in DATASETS.items()}
 TEXT = "source"
+BATCHES = 10_000  # of a seed, at most
 NAMES = ", ".join([*TABLES, TEXT])
 
 CSV = f"""\
@@ -58,6 +60,13 @@ def read_problem(args: argparse.Namespace) -> "Problem":
 
     table = read_table(args)
     return source_transformer(seed=args.seed) if table is None else table_mlp(table)
+
+
+def batches_of(problem: "Problem", steps: int | None = None) -> Callable[[int], Any]:
+    """The batches of each seed, for so many steps; `None`: as many as there may be."""
+    # All are in memory. Where there are more steps than that, they come again.
+    count = BATCHES if steps is None else min(steps, BATCHES)
+    return lambda seed: problem.batches(seed, count)
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, seeds: int, steps: int, least_steps: int = 1) -> None:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         lambda rate: written(learning_rate=rate),
         problem.loss_fn,
         problem.init,
-        lambda seed: problem.batches(seed, args.steps + 1),
+        problems.batches_of(problem, args.steps + 1),
         args.steps,
         low=args.low,
         high=args.high,

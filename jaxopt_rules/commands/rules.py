@@ -54,7 +54,7 @@ class Written:
         try:
             made = self(**values)
         except Exception as error:
-            raise UserError(f"{self.text}: {_sentence(error)}") from error
+            raise UserError(_of(self.text, error)) from error
         if not is_pair(made):
             hint = f"; it makes rules when it is called: {_call(made)}" if is_constructor(made) else ""
             kind = "a function" if inspect.isfunction(made) else f"of type {type(made).__name__}"
@@ -132,6 +132,11 @@ def _sentence(error: Exception) -> str:
     return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
+def _of(text: str, error: Exception) -> str:
+    # Errors of constructors begin with their names, which may be all of the text.
+    return f"{text}: {_sentence(error).removeprefix(f'{text}: ')}"
+
+
 def check(rule: Rule, problem: "Problem", text: str) -> None:
     """Refuses a rule, written as `text`, that cannot train a problem's parameters, before anything is compiled.
 
@@ -150,7 +155,7 @@ def check(rule: Rule, problem: "Problem", text: str) -> None:
     try:
         jax.eval_shape(step, params, jax.ShapeDtypeStruct((), jnp.float32))
     except Exception as error:
-        raise UserError(f"{text}: {_sentence(error)}") from error
+        raise UserError(_of(text, error)) from error
 
 
 @dataclass(frozen=True)

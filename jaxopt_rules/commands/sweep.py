@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         grid,
         problem.loss_fn,
         problem.init,
-        lambda seed: problem.batches(seed, args.steps),
+        problems.batches_of(problem, args.steps),
         args.steps,
         seeds=range(args.seed, args.seed + args.seeds),
         evaluate=problem.evaluate,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,11 +20,13 @@ from jaxopt_rules.tables import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+_WIDTH = 13  # of the pictures
 MOST_STEPS = 100_000  # of a run that is limited by seconds, whose curves are given their memory at the start
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Run:
     """What one rule of a comparison did, from all seeds."""
 
@@ -56,7 +59,7 @@ class Run:
         return diverged(self.curves["loss"], self.final["loss"], self.steps)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """What a comparison found. It prints as a table, best first, and shows as pictures and a table in Jupyter."""
 
@@ -95,7 +98,6 @@ class Comparison:
         """
         spread = len(self.seeds) > 1
         metrics = sorted(next(iter(self.runs.values())).final, key=lambda name: name != self.by)
-        measured = itertools.chain(*([m, f"{m}_std"] if spread else [m] for m in metrics))
         rows = []
         for name in self.order:
             run = self.runs[name]
@@ -104,7 +106,7 @@ class Comparison:
             numbers = [float(f"{x:.6g}") for x in itertools.chain(*pairs)]
             costs = float(f"{run.ms_per_step:.4g}"), float(f"{run.compile_seconds:.3g}"), run.state_bytes
             rows.append((name, *numbers, run.steps, *costs, self._note(run)))
-        return Table(("rule", *measured, "steps", "ms_per_step", "compile_s", "bytes", "note"), tuple(rows))
+        return Table(_columns(metrics, spread), tuple(rows))
 
     def _note(self, run: Run) -> str:
         notes = []
@@ -127,28 +129,28 @@ class Comparison:
         return f"Comparison: {len(self.runs)} rules, {seeds}, {budget}; ranked by {plots.words(self.by)}{state}"
 
     def _repr_html_(self) -> str:
-        image = plots.image(plots.detached(13, 4.2, self._draw))
-        return f"<p>{escape(self._summary())}</p>{image}{self.table._repr_html_()}"
+        picture = plots.shown(_WIDTH, self._height(), self._draw)
+        return f"<p>{escape(self._summary())}</p>{picture}{self.table._repr_html_()}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Pictures
     # -----------------------------------------------------------------------------------------------------------------
 
-    def plot(self) -> "Figure":
-        """The loss against steps and against seconds, and the final values, side by side."""
-        import matplotlib.pyplot as plt
+    def plot(self) -> np.ndarray:
+        """The loss against steps and against seconds, and the final values, side by side. Returns the three axes."""
+        return plots.drawn(_WIDTH, self._height(), self._draw)
 
-        figure = plt.figure(figsize=(13, 4.2), layout="constrained")
-        self._draw(figure)
-        return figure
+    def _height(self) -> float:
+        return max(4.2, 1.2 + 0.3 * len(self.runs))
 
-    def _draw(self, figure: "Figure") -> None:
-        left, middle, right = figure.subplots(1, 3)
-        self.plot_curves(ax=left)
-        self.plot_curves("seconds", ax=middle)
+    def _draw(self, figure: "Figure") -> np.ndarray:
+        axes = left, middle, right = figure.subplots(1, 3)
+        self._draw_curves(left, "steps", "loss")
+        self._draw_curves(middle, "seconds", "loss")
         middle.set_ylabel("")
-        middle.get_legend().remove()
+        # It has the names, in the colours of the curves.
         self.plot_final(ax=right)
+        return axes
 
     def plot_curves(
         self, against: Literal["steps", "seconds"] = "steps", name: str = "loss", ax: "Axes | None" = None
@@ -168,7 +170,18 @@ class Comparison:
         """
         if against not in ("steps", "seconds"):
             raise ValueError(f'against is "steps" or "seconds", not {against!r}')
-        ax = ax or plots.new_axes()
+        known = next(iter(self.runs.values())).curves
+        if name not in known:
+            raise KeyError(f"there are no curves {name!r}, but {', '.join(known)}")
+        names = {key: plots.label(key) for key in self.order if self.runs[key].steps}
+        ax = ax or plots.new_axes(height=4.0 + plots.room([*names.values()], 6.4))
+        lines = self._draw_curves(ax, against, name)
+        plots.legend(ax, [lines[key] for key in names], [*names.values()], 6.4)
+        return ax
+
+    def _draw_curves(self, ax: "Axes", against: str, name: str) -> dict[str, "Line2D"]:
+        """Draws them without a legend. Gives the line of each rule."""
+        lines = {}
         widths = {key: max(1, run.steps // 50) for key, run in self.runs.items()}
         smooth = {key: self._smoothed(key, name, widths[key]) for key in self.runs}
         for key in reversed(self.order):
@@ -179,13 +192,13 @@ class Comparison:
             x = np.arange(1, run.steps + 1) if against == "steps" else run.times
             with np.errstate(invalid="ignore", over="ignore"):
                 mean = curves.mean(axis=0)
-            ax.plot(x, mean, color=self._color(key), linestyle=":" if bad else "-", linewidth=1.5, label=key)
+            look = {"linestyle": ":" if bad else "-", "linewidth": 1.5, "marker": plots.marker(mean)}
+            (lines[key],) = ax.plot(x, mean, color=self._color(key), **look)
             if len(self.seeds) > 1 and not bad:
                 ax.fill_between(
                     x, curves.min(axis=0), curves.max(axis=0), color=self._color(key), alpha=0.18, linewidth=0
                 )
         self._set_height(ax, smooth)
-        _in_order(ax, self.order)
         width = max(widths.values())
         of = f", mean of {width} steps" if width > 1 else ""
         if len(set(widths.values())) > 1:
@@ -193,12 +206,10 @@ class Comparison:
         units = "step" if against == "steps" else "seconds of training"
         plots.style(ax, xlabel=units, ylabel=f"{plots.words(name)}{of}")
         ax.set_xlim(left=0)
-        return ax
+        return lines
 
     def _smoothed(self, key: str, name: str, width: int) -> np.ndarray:
         curves = self.runs[key].curves
-        if name not in curves:
-            raise KeyError(f"there are no curves {name!r}, but {', '.join(curves)}")
         if not self.runs[key].steps:
             return curves[name]
         return np.array([plots.running_mean(curve, width) for curve in curves[name]])
@@ -209,6 +220,7 @@ class Comparison:
         values = np.concatenate([x.ravel() for x in good or smooth.values()])
         finite = values[np.isfinite(values)]
         if not finite.size:
+            plots.remark(ax, "no finite values")
             return
         low, high = float(finite.min()), float(finite.max())
         positive = finite[finite > 0]
@@ -247,22 +259,25 @@ class Comparison:
         shown = np.concatenate(list(good.values()))
         if plots.spans_decades(shown[np.isfinite(shown)]):
             ax.set_xscale("log")
+        elif not shown.size:
+            ax.set_xticks([])
         else:
             ax.locator_params(axis="x", nbins=5)
         rows = len(self.order)
         best = "largest" if self.largest else "least"
         of = f" of the last {TAIL:.0%} of the steps" if name == "loss" else ""
         title = f"{best} is best" if name == self.by else ""
-        ax.set_yticks(range(rows), self.order)
+        ax.set_yticks(range(rows), [plots.label(key) for key in self.order], fontsize="small")
+        for tick, key in zip(ax.get_yticklabels(), self.order, strict=True):
+            tick.set_color(self._color(key))
         plots.style(ax, xlabel=f"{plots.words(name)}{of}", ylim=(rows - 0.5, -0.5), title=title)
         return ax
 
 
-def _in_order(ax: "Axes", names: list[str]) -> None:
-    """A legend with the curves in this order."""
-    lines = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    drawn = [name for name in names if name in lines]
-    ax.legend([lines[name] for name in drawn], drawn, frameon=False)
+def _columns(metrics: Iterable[str], spread: bool) -> tuple[str, ...]:
+    """Of the table."""
+    measured = itertools.chain(*([m, f"{m}_std"] if spread else [m] for m in metrics))
+    return "rule", *measured, "steps", "ms_per_step", "compile_s", "bytes", "note"
 
 
 def compare(
@@ -319,8 +334,8 @@ def compare(
 
     Raises:
       TypeError: `rules` is no dict, or holds what is no rule; or as `Task` says.
-      ValueError: there are no rules, `seconds` is not above 0, or `by` is not known; or as `Task` says. What a rule
-        itself raises carries its name as a note.
+      ValueError: there are no rules, `seconds` is not above 0, `by` is not known, or `evaluate` gives a name that a
+        column of the table has; or as `Task` says. What a rule itself raises carries its name as a note.
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a dict of rules by name, {{'adam': adam(1e-3)}}, not {type(rules).__name__}")
@@ -328,12 +343,16 @@ def compare(
         raise ValueError("there are no rules to compare; rules is {name: rule}")
     if unnamed := [name for name in rules if not isinstance(name, str)]:
         raise TypeError(f"the name of a rule is a text, not {unnamed[0]!r}")
-    if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0 and math.isfinite(seconds)):
+    if seconds is not None and not (isinstance(seconds, Real) and seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"seconds must be a finite number above 0, not {seconds!r}")
+    seconds = None if seconds is None else float(seconds)
     known = {name: _named(name, as_rule, rule, "compare") for name, rule in rules.items()}
     most = MOST_STEPS if steps is None and seconds is not None else steps
     task = Task(loss_fn, params, batches, most, seeds=seeds, has_aux=has_aux, evaluate=evaluate)
     measured = ["loss", *task.evaluated_names]
+    columns = _columns(measured, len(task.seeds) > 1)
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"what evaluate gives needs another name than {', '.join(twice)}, as the table has of its own")
     by = measured[:2][-1] if by is None else by
     if by not in measured:
         raise ValueError(f"by must be one of {', '.join(measured)}, not {by!r}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxopt_rules.interop import needed
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -66,6 +68,7 @@ DATASETS: Mapping[str, Callable[[int], Dataset]] = {
 
 
 def _shipped(name: str, classes: int | None, seed: int) -> Dataset:
+    needed("sklearn", "experiments", "scikit-learn")
     from sklearn import datasets
 
     load: Callable[..., Any] = getattr(datasets, f"load_{name}")
@@ -180,6 +183,7 @@ def _symbols(text: str) -> np.ndarray:
 
 
 def _read(path: str) -> "pd.DataFrame":
+    needed("pandas", "experiments")
     import pandas as pd
 
     try:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from jaxopt_rules.tables import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Groups = Mapping[str, Selector]
 
@@ -127,10 +129,11 @@ def _own_groups(rule: Rule, paths: list[str], leaves: list[Any]) -> list[str | N
 # The quantities that have pictures of their own, in their order. Of others each has one.
 QUANTITIES = ("loss", "learning_rate", "grad_norm", "update_ratio", "param_norm", "clipped")
 PER_GROUP = ("grad_norm", "update_ratio", "param_norm")
+_LINES = ("-", (0, (4, 1)), ":")  # of ten groups each
 COUNTED = ("skipped", "in_a_row", "max_norm")  # shown in the pictures of others
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class History:
     """What each step of a run recorded. It prints as a table, and shows as pictures in Jupyter.
 
@@ -208,34 +211,61 @@ class History:
         return f"History: {', '.join(parts)}{'; interrupted' if self.interrupted else ''}"
 
     def _repr_html_(self) -> str:
-        panels = list(self._panels())
-        image = plots.image(plots.detached(*_size(len(panels)), self._draw))
-        return f"<p>{escape(self._summary())}</p>{image}"
+        return f"<p>{escape(self._summary())}</p>{plots.shown(*self._size(), self._draw)}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Pictures
     # -----------------------------------------------------------------------------------------------------------------
 
-    def plot(self) -> "Figure":
+    def plot(self) -> np.ndarray:
         """A small picture for each quantity, those of groups in one: what there is of the loss, learning rates, norms,
-        update ratios, clipped steps and other series. Ticks in red at the top mark steps that were skipped."""
-        import matplotlib.pyplot as plt
+        update ratios, clipped steps and other series. Ticks in red at the top mark steps that were skipped. Returns
+        the axes."""
+        return plots.drawn(*self._size(), self._draw)
 
-        figure = plt.figure(figsize=_size(len(list(self._panels()))), layout="constrained")
-        self._draw(figure)
-        return figure
+    def _size(self) -> tuple[float, float]:
+        rows, columns = _grid(len(list(self._panels())))
+        width = 3.8 * columns
+        return width, 2.6 * rows + 0.3 + plots.room([*self._labels.values()], width)
 
-    def _draw(self, figure: "Figure") -> None:
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        """What legends call each group. Of one group, or none, they say nothing."""
+        groups = dict.fromkeys(_group(name) for name in self.series)
+        return {group: plots.label(group or "all") for group in sorted(groups, key=lambda group: group == "")}
+
+    def _look(self, group: str) -> dict[str, Any]:
+        """Of its curves, in all pictures."""
+        if not group and len(self._labels) > 1:
+            return {"color": "0.5"}
+        k = list(self._labels).index(group)
+        return {"color": f"C{k % 10}", "linestyle": _LINES[k // 10 % len(_LINES)]}
+
+    def _draw(self, figure: "Figure") -> np.ndarray:
         panels = list(self._panels())
         rows, columns = _grid(len(panels))
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+        common = plots.crowded([*self._labels.values()])
+        lines = {}
         for ax, quantity in zip(axes, panels, strict=False):
-            self.plot_series(quantity, ax)
+            found = self._draw_series(quantity, ax)
+            lines = found | lines
+            if not common:
+                self._add_legend(ax, found)
+        if common:
+            groups = [group for group in self._labels if group in lines]
+            plots.legend_of_all(figure, [lines[g] for g in groups], [self._labels[g] for g in groups])
         for ax in axes[len(panels) :]:
             ax.remove()
         for ax in axes[max(0, len(panels) - columns) : len(panels)]:
             ax.set_xlabel("step")
             ax.tick_params(labelbottom=True)
+        return axes[: len(panels)]
+
+    def _add_legend(self, ax: "Axes", lines: "Mapping[str, Line2D]") -> None:
+        labels = [self._labels[group] for group in lines]
+        if labels != ["all"]:
+            plots.legend(ax, list(lines.values()), labels, 6.4)
 
     def _panels(self) -> Iterator[str]:
         """The quantities that are drawn."""
@@ -258,7 +288,14 @@ class History:
         names = self._of_kind(quantity)
         if not names:
             raise KeyError(f"the history has no {quantity!r}, but {', '.join(dict.fromkeys(map(_kind, self.series)))}")
-        ax = ax or plots.new_axes()
+        labels = [self._labels[group] for group in dict.fromkeys(map(_group, names))]
+        ax = ax or plots.new_axes(height=4.0 + plots.room(labels, 6.4))
+        self._add_legend(ax, self._draw_series(quantity, ax))
+        return ax
+
+    def _draw_series(self, quantity: str, ax: "Axes") -> dict[str, "Line2D"]:
+        """Draws it without a legend. Gives the line of each group."""
+        names, lines = self._of_kind(quantity), {}
         if "grad_norm.all" in names:
             # What rules recorded of all gradients is the same.
             names = [name for name in names if name != "grad_norm"]
@@ -275,9 +312,10 @@ class History:
             curve = plots.running_mean(self.series[name], width)
             # What rules recorded of all gradients stands behind the groups.
             behind = bool(of_groups) and name not in of_groups
-            color = "0.6" if behind else f"C{(of_groups or names).index(name) % 10}"
+            group = _group(name)
+            look = {**self._look(group), "linewidth": 2.5 if behind else 1.2}
             y = np.where(curve > 0, curve, np.nan) if log else curve
-            ax.plot(x, y, color=color, linewidth=2.5 if behind else 1.2, label=_group(name) or "all")
+            (lines[group],) = ax.plot(x, y, marker=plots.marker(y), **look)
         for limit in limits:
             ax.plot(x, limit, color="0.3", linestyle="--", linewidth=1)
         if quantity == "update_ratio":
@@ -291,12 +329,10 @@ class History:
         if quantity == "loss" and self.skipped.any():
             ticks = x[self.skipped]
             ax.plot(ticks, np.full(len(ticks), 0.97), "|", color="C3", transform=ax.get_xaxis_transform())
-        if [_group(name) or "all" for name in names] != ["all"]:
-            ax.legend(frameon=False, fontsize="small")
         of = f", mean of {width} steps" if width > 1 else ""
-        plots.style(ax, title=f"{plots.words(quantity)}{of}")
+        plots.style(ax, title=f"{plots.label(plots.words(quantity), 40)}{of}")
         ax.title.set_fontsize("medium")
-        return ax
+        return lines
 
 
 def _plain(x: Any) -> np.ndarray:
@@ -320,11 +356,6 @@ def _grid(count: int) -> tuple[int, int]:
     """Rows and columns that leave few places empty."""
     columns = min((3, 4, 2), key=lambda columns: -count % columns) if count > 3 else count
     return -(-count // columns), columns
-
-
-def _size(count: int) -> tuple[float, float]:
-    rows, columns = _grid(count)
-    return 3.8 * columns, 2.6 * rows + 0.3
 
 
 def history(

@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxopt_rules.experiments.data import UserError
+from jaxopt_rules.experiments.plots import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,5 @@ def save_picture(figure: "Figure", path: Path) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    with replaced(path) as temporary, warnings.catch_warnings():
-        # Names may have letters that the font lacks. They come out as boxes.
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(temporary, format="png", dpi=150)
+    with replaced(path) as temporary:
+        save(figure, temporary, dpi=150)

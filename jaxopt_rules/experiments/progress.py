@@ -82,10 +82,13 @@ def _terminal(title: str, total: float) -> Iterator[Callable[[float, str], objec
 @contextlib.contextmanager
 def _html(title: str, total: float) -> Iterator[Callable[[float, str], object]]:
     # Widgets, which the bars of other libraries are, need a package in the kernel and another in the front end.
-    from IPython.display import HTML, display
+    from IPython.display import display
+
+    def bundle(html: str, plain: str) -> dict[str, str]:
+        return {"text/html": html, "text/plain": plain}
 
     began = shown = time.perf_counter()
-    handle: Any = display(HTML(escape(title)), display_id=True)
+    handle: Any = display(bundle(escape(title), title), raw=True, display_id=True)
 
     def show(done: float, text: str) -> None:
         nonlocal shown
@@ -95,12 +98,13 @@ def _html(title: str, total: float) -> Iterator[Callable[[float, str], object]]:
         shown = now
         left = f"{(now - began) / done * (total - done):.0f} s left" if done else ""
         bar = f'<progress max="{total}" value="{done}"></progress>'
-        handle.update(HTML(" ".join([escape(title), bar, left, escape(text)])))
+        html = " ".join([escape(title), bar, left, escape(text)])
+        handle.update(bundle(html, f"{title} {100 * done / total:.0f} %"), raw=True)
 
     try:
         yield show
     finally:
-        handle.update(HTML(""))
+        handle.update(bundle("", ""), raw=True)
 
 
 @contextlib.contextmanager

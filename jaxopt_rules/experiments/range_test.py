@@ -9,6 +9,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from jaxopt_rules.experiments import plots
 from jaxopt_rules.experiments.progress import progress
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOISE = 4  # standard errors of the smoothed loss that a fall has to exceed
+LEAST_STEPS = 10  # that tell something about noise
+DOUBT = 3.3  # standard errors that noise reaches in less than one test of a hundred
 LEAST_FALL = 1e-4  # of the loss; what is less may be rounding
+LARGE_NOISE = 0.05  # of the loss: the standard error of its mean over the beginning
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class RangeTest:
     """What a range test found. It prints its findings, and shows as a picture in Jupyter."""
 
@@ -32,6 +36,7 @@ class RangeTest:
     losses: np.ndarray  # (seeds, steps)  the loss behind that update; NaN where none was made
     start: np.ndarray  # (seeds)  the loss before the first
     window: int  # the number of steps that smoothing takes together
+    rate_used: bool  # whether the rule asked the schedule for its rate
     interrupted: bool
     compile_seconds: float
     seconds: float  # without compilation
@@ -43,12 +48,43 @@ class RangeTest:
             return self.losses.mean(axis=0, dtype=float)
 
     @property
+    def _sixth(self) -> int:
+        """How many steps tell a level from its noise."""
+        return max(round(len(self.rates) / 6), LEAST_STEPS)
+
+    @property
+    def _beginning(self) -> np.ndarray:
+        """The finite ones among the first losses, behind rates so low that little is learnt."""
+        first = np.append(self.start.mean(dtype=float), self.loss[: self._sixth])
+        return first[: _first(~np.isfinite(first))]
+
+    def _limit(self, multiple: float) -> float:
+        """Above the level of the beginning by so many times that, and by more than noise makes of it."""
+        level = np.mean(self._beginning)
+        with np.errstate(over="ignore"):
+            error = np.std(self._beginning) / math.sqrt(self._sixth)
+        return float(level + max(multiple * abs(level), 2 * DOUBT * error))
+
+    @cached_property
     def stop(self) -> int:
-        """The number of updates up to where the loss diverged: is not finite, or above twice the one at the start."""
-        start = self.start.mean(dtype=float)
-        with np.errstate(invalid="ignore"):
-            bad = ~np.isfinite(self.loss) | (self.loss > start + abs(start)) | ~np.isfinite(start)
-        return int(np.argmax(bad)) if bad.any() else len(bad)
+        """The number of updates up to where the loss diverged.
+
+        It is not finite there; or for a sixth of the steps, or up to the end, its running mean and a quarter of the
+        losses are above the mean at the beginning, by more than three times that and more than noise makes of it.
+        Single losses tell nothing: those of small batches differ by orders of magnitude.
+        """
+        finite = _first(~np.isfinite(self.loss)) if len(self._beginning) else 0
+        values = self.loss[:finite]
+        if finite == 0:
+            return 0
+        limit = self._limit(3)
+        high = _smooth(values, self._sixth) > limit
+        # By the end of each run of high means, which lasts to the end of all if no low one follows.
+        ends = np.array([k + _first(~high[k:]) for k in range(finite)])
+        lasting = (ends - np.arange(finite) >= self._sixth) | (ends == finite)
+        many = np.array([np.quantile(values[k : k + self._sixth], 0.75) > limit for k in range(finite)])
+        # The means rise before the losses do.
+        return _first(high & lasting & many & (values > limit))
 
     @property
     def diverged_at(self) -> float | None:
@@ -64,38 +100,38 @@ class RangeTest:
         coarse as this is a factor of several.
         """
         smooth = np.full(len(self.rates), np.nan)
-        values = self.loss[: self.stop]
-        if len(values):
-            weights = _hann(min(self.window, len(values)))
-            total = np.convolve(values, weights)
-            count = np.convolve(np.ones(len(values)), weights)
-            begin = len(weights) // 2
-            smooth[: self.stop] = (total / count)[begin : begin + len(values)]
+        smooth[: self.stop] = _smooth(self.loss[: self.stop], self.window)
         return smooth
 
     @cached_property
     def _places(self) -> tuple[int, int] | None:
         """Where the smoothed loss falls most steeply, and where it is least; `None`: it does not fall."""
-        smooth = self.smoothed[: self.stop]
-        if len(smooth) < 3:
+        smooth, before = self.smoothed[: self.stop], self._beginning
+        if len(smooth) < 3 or not self.rate_used:
             return None
-        least = int(np.argmin(smooth))
-        weights = _hann(self.window)
-        error = np.std(np.diff(self.loss[: self.stop])) / math.sqrt(2)  # of one loss, where the course is smooth
-        noise = error * math.sqrt(np.sum(weights**2)) / np.sum(weights)
-        highest = float(np.max(smooth[: least + 1]))
-        # Only a part of the differences is noise where the loss falls within few steps, and so more than a fall by a
-        # tenth of the loss needs no proof.
-        needed = max(min(NOISE * noise, 0.1 * abs(highest)), LEAST_FALL * abs(highest))
-        if least == 0 or not highest - smooth[least] > needed:
+        level, rise = np.mean(before), self._limit(1)
+        # Behind losses that are clearly higher than at the beginning, lower ones come and go.
+        least = int(np.argmin(smooth[: max(_first(smooth > rise), 1)]))
+        if least == 0 or not level - smooth[least] > LEAST_FALL * abs(level):
             return None
-        return int(np.argmin(np.gradient(smooth)[: least + 1])), least
+        # Ranks, since a mean is at the mercy of the largest loss: few batches cause most of it where they are small.
+        around = (
+            self.loss[max(0, begin) : min(begin + length, self.stop)]
+            for length in (LEAST_STEPS, self._sixth)
+            for begin in (least - length // 2, least - length + 1)
+        )
+        if not any(_doubt_of_equality(before, behind) > DOUBT for behind in around):
+            return None
+        # What falls before the loss is at the level of the beginning for the last time is noise.
+        above = np.flatnonzero(smooth[:least] >= level)
+        begin = above[-1] if above.size else 0
+        return int(begin + np.argmin(np.gradient(smooth)[begin : least + 1])), least
 
     @property
     def steepest(self) -> float | None:
         """The rate at which the smoothed loss falls most, per factor of the rate, before its minimum.
 
-        `None`: the loss does not fall, by more than its noise.
+        `None`: the losses around the minimum are not lower than those at the beginning, by the rank sum test.
         """
         return None if self._places is None else float(self.rates[self._places[0]])
 
@@ -119,17 +155,25 @@ class RangeTest:
         low, high = (f"{rate:.3g}" for rate in self.rates[[0, -1]])
         if not np.isfinite(self.start).all():
             return "the loss is not finite before the first update: it is the start or the batch, and no learning rate"
-        if self.stop < 3 and self.diverged_at is not None:
+        if not self.rate_used:
+            return "make_rule does not use the learning rate that it is given"
+        if self._places is None and self.diverged_at is not None and self.stop <= self._sixth:
             return f"the loss diverges at once: low = {low} is too high, or the rule is no good at any rate"
         if self.interrupted:
             return "interrupted"
         if self._places is None:
-            return f"the loss does not fall between {low} and {high}, by more than its noise"
+            before = self._beginning
+            if len(self.rates) < 2 * LEAST_STEPS:
+                return f"{len(self.rates)} steps are too few to tell a fall of the loss from its noise"
+            if np.std(before) > LARGE_NOISE * math.sqrt(len(before)) * abs(np.mean(before)):
+                return "the loss is too noisy to tell whether it falls: give seeds, larger batches or more steps"
+            below = high if self.diverged_at is None else f"{self.diverged_at:.3g}, where it diverges"
+            return f"the loss does not fall between {low} and {below}, by more than its noise"
         steepest, least = self._places
-        if least >= len(self.rates) - 1 - self.window // 2:
-            return f"the loss still falls at the end: high = {high} is too low"
-        if steepest == 0:
+        if steepest <= max(self.window, self._sixth) // 2:
             return f"the loss falls most at the beginning: low = {low} is too high"
+        if self.diverged_at is None and least >= len(self.rates) - 1 - self.window // 2:
+            return f"the loss still falls at the end: high = {high} is too low"
         return ""
 
     @property
@@ -157,7 +201,7 @@ class RangeTest:
             self.plot(figure.subplots())
 
         table = self.table._repr_html_() if self.table.cells else ""
-        return f"<p>{escape(self._summary())}</p>{plots.image(plots.detached(6.4, 4.0, draw))}{table}"
+        return f"<p>{escape(self._summary())}</p>{plots.shown(6.4, 4.0, draw)}{table}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """The loss against the learning rate, smoothed and (thin) as it was, up to where it diverged."""
@@ -220,7 +264,7 @@ def learning_rate_range_test(
       batches: arrays with an axis of batches in front; an iterable of batches; or a function of a seed that gives one
         of these. Where there are fewer than steps + 1, they come again.
       steps: K, how many updates. The more, the longer each magnitude lasts, and the lower are the rates at which the
-        loss falls.
+        loss falls. Below 20 no fall can be told from noise.
       low, high: the first and the last learning rate.
       seeds: those that `params` and `batches` are called with, or as many, from 0; their mean loss is taken.
       window: how many steps the smoothing takes together. `None`: a sixth of them.
@@ -231,7 +275,8 @@ def learning_rate_range_test(
 
     Raises:
       TypeError: `make_rule` is a rule, or gives none; or as `Task` says.
-      ValueError: `low` and `high` are no range, `steps` is below 3 or `window` below 1; or as `Task` says.
+      ValueError: `low` and `high` are no range, `steps` is no integer from 3 or `window` none from 1; or as
+        `Task` says.
     """
     if not callable(make_rule):
         raise TypeError(
@@ -242,9 +287,16 @@ def learning_rate_range_test(
         raise ValueError(f"steps must be an integer >= 3, not {steps!r}")
     if not 0 < low < high < math.inf:
         raise ValueError(f"low and high must be rates with 0 < low < high, not {low!r} and {high!r}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, not {window!r}")
-    schedule = Exponential(low, int(steps) - 1, high / low)
+    if not (window is None or (isinstance(window, int | np.integer) and window >= 1)):
+        raise ValueError(f"window must be an integer of at least 1, not {window!r}")
+    asked: list[bool] = []
+
+    class Rate(Exponential):
+        def __call__(self, count: ArrayLike) -> Array:
+            asked.append(True)
+            return super().__call__(count)
+
+    schedule = Rate(low, int(steps) - 1, high / low)
     # One more step gives the loss behind the last update.
     task = Task(loss_fn, params, batches, int(steps) + 1, seeds=seeds, has_aux=has_aux)
     program = Program(lambda: make_rule(schedule), [{}], [], task)
@@ -262,6 +314,7 @@ def learning_rate_range_test(
         losses=losses[:, 1:],
         start=losses[:, 0],
         window=max(1, round(steps / 6)) if window is None else int(window),
+        rate_used=bool(asked),
         interrupted=alive and block.done < task.steps,
         compile_seconds=program.compile_seconds,
         seconds=block.seconds,
@@ -272,6 +325,31 @@ def _hann(window: int) -> np.ndarray:
     """Weights for as many steps, or one less, so that there is one in the middle."""
     odd = window - 1 + window % 2
     return np.hanning(odd + 2)[1:-1]
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """The centred mean with Hann's weights; at the ends, of those neighbours that there are."""
+    if not len(values):
+        return values
+    weights = _hann(min(window, len(values)))
+    begin = len(weights) // 2
+    total, count = (np.convolve(x, weights)[begin : begin + len(values)] for x in (values, np.ones(len(values))))
+    return total / count
+
+
+def _first(which: np.ndarray) -> int:
+    """The place of the first that is true; behind the last where none is."""
+    return int(np.argmax(which)) if which.any() else len(which)
+
+
+def _doubt_of_equality(before: np.ndarray, behind: np.ndarray) -> float:
+    """By how many standard errors more values of `before` are above those of `behind` than chance has it.
+
+    The rank sum test of Mann and Whitney, in its normal approximation.
+    """
+    above = np.mean((before[:, None] > behind) + 0.5 * (before[:, None] == behind))
+    n, m = len(before), len(behind)
+    return float((above - 0.5) / math.sqrt((n + m + 1) / (12 * n * m)))
 
 
 def _short(x: float) -> float:

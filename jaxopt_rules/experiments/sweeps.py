@@ -80,18 +80,18 @@ class Sweep:
     @cached_property
     def order(self) -> list[int]:
         """The points from the best to the worst, by the mean over the seeds, and by the loss where that is equal;
-        behind them those whose value is not finite, then those that were interrupted."""
+        behind them those that diverged, then those that were interrupted."""
         keys = self.final[self.by].mean(axis=1) * (-1 if self.largest else 1), self.final["loss"].mean(axis=1)
         value, loss = (np.where(np.isfinite(key), key, np.inf) for key in keys)
-        left = np.any(self.done < self.steps, axis=1)
-        return sorted(range(len(self.points)), key=lambda k: (left[k], value[k], loss[k]))
+        left, bad = np.any(self.done < self.steps, axis=1), np.any(self.diverged, axis=1)
+        return sorted(range(len(self.points)), key=lambda k: (left[k], bad[k], value[k], loss[k]))
 
     @property
     def best(self) -> dict[str, Any]:
         """The best point: `make_rule(**result.best)` is its rule.
 
         Raises:
-          ValueError: of no point all members were trained to the end, at a finite value.
+          ValueError: no point was trained to the end, or all diverged.
         """
         if not self._has_a_best:
             raise ValueError(f"there is no best point: {self._counted()}")
@@ -100,7 +100,7 @@ class Sweep:
     @property
     def _has_a_best(self) -> bool:
         first = self.order[0]
-        return bool(np.all(self.finished[first]) and np.all(np.isfinite(self.final[self.by][first])))
+        return bool(self._good[first] and np.all(np.isfinite(self.final[self.by][first])))
 
     @property
     def at_the_edge(self) -> list[str]:
@@ -563,7 +563,7 @@ def _points(grid: Any) -> list[dict[str, Any]]:
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, str) or not isinstance(values, Iterable) or (hasattr(values, "shape") and not values.shape):
+    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "shape", None) == ():
         raise TypeError(
             f"the grid has a list of values for each name; that of {name} is {values!r}: write [{values!r}]"
         )

@@ -6,7 +6,6 @@ trajectory({"sgd": sgd(1e-3), "adam": adam(0.1)}, rosenbrock, (-1.2, 1), steps=5
 
 import functools
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -304,8 +303,8 @@ def _plotted(members: Mapping[str, Trajectory], ax: "Axes | None") -> "Axes":
 
 
 def _shown(members: Mapping[str, Trajectory], text: str) -> str:
-    figure = plots.detached(_WIDTH, _HEIGHT, lambda figure: _draw(members, figure.subplots(), _BESIDE))
-    return f"{plots.image(figure)}<br>{markup.code(text)}"
+    picture = plots.shown(_WIDTH, _HEIGHT, lambda figure: _draw(members, figure.subplots(), _BESIDE))
+    return f"{picture}<br>{markup.code(text)}"
 
 
 def _draw(members: Mapping[str, Trajectory], ax: "Axes", legend: Mapping[str, Any]) -> "Axes":
@@ -313,16 +312,19 @@ def _draw(members: Mapping[str, Trajectory], ax: "Axes", legend: Mapping[str, An
     region = _frame(list(members.values()))
     _draw_surface(ax, first.function, region)
     for k, (name, member) in enumerate(members.items()):
-        _draw_path(ax, member.path, region, f"C{k}", name, linewidth=1.5, alpha=0.9)
+        label = plots.label(name, _LINE)
+        _draw_path(ax, member.path, region, f"C{k}", label, linewidth=1.5, alpha=0.9)
         if member.eval_path is not None:
-            _draw_path(ax, member.eval_path, region, f"C{k}", f"{name}, eval_params", linewidth=1.2, linestyle="--")
+            _draw_path(
+                ax, member.eval_path, region, f"C{k}", _with(label, "eval_params"), linewidth=1.2, linestyle="--"
+            )
     on_top = {"linestyle": "none", "zorder": 6, "markeredgecolor": "black"}
     ax.plot(*first.path[0], marker="o", color="white", markersize=7, label="start", **on_top)
     for k, minimum in enumerate(first.function.minima):
         label = "_" if k else "minimum" if len(first.function.minima) == 1 else "minima"
         ax.plot(*minimum, marker="*", color="gold", markersize=13, label=label, **on_top)
     (left, right), (bottom, top) = region
-    ax.set(xlim=(left, right), ylim=(bottom, top), xlabel="x", ylabel="y", title=first.function.name)
+    ax.set(xlim=(left, right), ylim=(bottom, top), xlabel="x", ylabel="y", title=plots.label(first.function.name, 60))
     if 0.5 <= (right - left) / (top - bottom) <= 2:
         ax.set_aspect("equal")
     ax.legend(**legend)
@@ -384,12 +386,12 @@ def _inside(points: np.ndarray, region: Region) -> np.ndarray:
 def _draw_path(ax: "Axes", path: np.ndarray, region: Region, color: str, label: str, **line: Any) -> None:
     shown, left = _cut(path, region)
     if left is not None:
-        label += f", out of the picture from step {left} on"
+        label = _with(label, f"out of the picture from step {left} on")
     every = max(1, len(path) // _MARKERS)
     ax.plot(
         *shown.T,
         color=color,
-        label=textwrap.fill(label, _LINE),
+        label=label,
         marker="o",
         markersize=3,
         markevery=every,
@@ -398,6 +400,11 @@ def _draw_path(ax: "Axes", path: np.ndarray, region: Region, color: str, label: 
     )
     if left is None:
         ax.plot(*shown[-1], color=color, marker="s", markersize=7, markeredgecolor="black", zorder=5)
+
+
+def _with(label: str, remark: str) -> str:
+    line = label.rpartition("\n")[2]
+    return f"{label}, {remark}" if len(line) + len(remark) + 2 <= _LINE else f"{label},\n{remark}"
 
 
 def _cut(path: np.ndarray, region: Region) -> tuple[np.ndarray, int | None]:

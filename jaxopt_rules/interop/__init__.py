@@ -9,15 +9,20 @@ import importlib
 from types import ModuleType
 
 
-def needed(package: str, extra: str) -> ModuleType:
+def needed(package: str, extra: str, name: str | None = None) -> ModuleType:
     """A package that an adapter cannot do without.
 
+    Args:
+      extra: of this library, which installs it.
+      name: what it is called where it is installed; `None`: the same.
+
     Raises:
-      ImportError: it is not installed; says which extra of this library installs it.
+      ModuleNotFoundError: it is not installed; says which extra of this library installs it.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{package}.".startswith(f"{error.name}."):
             raise
-        raise ImportError(f'this needs {package}: pip install "jaxopt_rules[{extra}]"', name=error.name) from None
+        sentence = f'this needs {name or package}: pip install "jaxopt_rules[{extra}]"'
+        raise ModuleNotFoundError(sentence, name=error.name) from None
