@@ -186,13 +186,18 @@ def test_it_ends_where_the_loss_is_not_finite(monkeypatch):
 )
 def test_rules_are_made_of_the_schedule(make_rule):
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 2))}
-    loss_fn = lambda p, batch: (jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2), {"a": jnp.sum(p["a"])})  # noqa: E731
+
+    def loss_fn(p, batch):
+        return jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2), {"a": jnp.sum(p["a"])}
+
     result = ranged(make_rule, loss_fn, params, has_aux=True, steps=40)
     assert 1e-4 < result.suggestion < result.minimum
 
 
 def test_seeds_are_averaged():
-    init = lambda key: jax.random.normal(key, 2)  # noqa: E731
+    def init(key):
+        return jax.random.normal(key, 2)
+
     result = ranged(params=init, seeds=3, steps=40)
     assert result.losses.shape == (3, 40)
     np.testing.assert_allclose(result.start, [0.5 * np.sum(init(jax.random.key(k)) ** 2) for k in range(3)], rtol=1e-6)
