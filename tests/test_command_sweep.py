@@ -106,3 +106,13 @@ def test_an_interrupted_sweep_prints_what_there_is(steps, notes, best, tmp_path,
 def test_bad_sweeps_are_refused_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_refused(["sweep", *arguments], message, capsys)
+
+
+def test_files_are_there_for_a_reader_who_does_not_wait(tmp_path, monkeypatch):
+    def gone(*args, **keywords):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        main(["sweep", "adamw", "--over", "learning_rate=0.1,0.2", *WINE, "--steps", "3", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.png"]

@@ -126,9 +126,9 @@ def _compare_rules(args: argparse.Namespace) -> int:
         by=by,
         largest=largest,
     )
-    print(problem)
-    print(result)
     picture = args.out / "loss.png"
     pictures.save(result.plot, picture)
+    print(problem)
+    print(result)
     print(f"\npicture: {picture}")
     return INTERRUPTED if result.interrupted else 0

@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         high=args.high,
         seeds=range(args.seed, args.seed + args.seeds),
     )
-    print(problem)
-    print(result)
     picture = args.out / "range_test.png"
     pictures.save(result.plot, picture)
+    print(problem)
+    print(result)
     print(f"\npicture: {picture}")
     return INTERRUPTED if result.interrupted else 0

@@ -100,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
         largest=largest,
     )
     rows, picture = args.out / "sweep.csv", args.out / "sweep.png"
+    # Before anything is printed, to a reader who may not wait for the end.
+    _write(result.table, rows)
+    pictures.save(result.plot, picture)
     print(problem)
     lines = repr(result).splitlines()
     above = len(lines) - len(result.points)  # a sentence and the head of the table
@@ -111,9 +114,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"best: {written.filled(_texts(args.over, result.best))}")
     except ValueError as error:  # all diverged, or none is finished
         print(error)
-    _write(result.table, rows)
     print(f"all points: {rows}")
-    pictures.save(result.plot, picture)
     print(f"picture: {picture}")
     return 0 if result.finished.all() else INTERRUPTED
 
