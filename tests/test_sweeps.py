@@ -485,6 +485,25 @@ def test_parts_cover_all():
         assert len(parts) == -(-count // size)
 
 
+def test_ctrl_c_while_it_compiles(monkeypatch):
+    """Compilation that does not end: what is returned says that nothing is trained."""
+    monkeypatch.setattr(training, "_fulfil", lambda future, make: None)
+    monkeypatch.setattr(sweeps, "PART", 0.01)
+    is_compiled = training.Block.is_compiled
+
+    def interrupted(block, seconds):
+        signal.raise_signal(signal.SIGINT)
+        return is_compiled(block, seconds)
+
+    monkeypatch.setattr(training.Block, "is_compiled", interrupted)
+    found = sweep(jr.sgd, {"learning_rate": [0.01, 0.1]}, loss_fn, PARAMS, BATCHES)
+    assert not found.done.any()
+    assert [row.note for row in found.table.rows] == ["not trained"] * 2
+    with pytest.raises(ValueError, match="there is no best point: 2 members of 12 steps, 2 interrupted"):
+        _ = found.best
+    drawn(found)
+
+
 def test_never_more_members_than_a_chunk(monkeypatch):
     """Not even those of the block that is made ready while others are trained."""
     alive, most = [0], [0]

@@ -221,10 +221,7 @@ class Sweep:
         for x, k in zip(axis.places, best, strict=True):
             if k is None:
                 ax.plot(x, 0.03, "x", color="C3", transform=ax.get_xaxis_transform())
-        if not axis.numeric:
-            _set_ticks(ax, "x", axis)
-        elif plots.spans_decades(axis.places):
-            ax.set_xscale("log")
+        _set_scale(ax, "x", axis)
         if plots.spans_decades([self.final[self.by][k].mean() for _, k in shown]):
             ax.set_yscale("log")
         others = [other for other in self._varied if other != name]
@@ -292,10 +289,7 @@ class Sweep:
             ax.figure.colorbar(drawn, ax=ax, label=plots.words(self.by))
             ax.scatter(*places[:, order[-1:]], s=110, facecolors="none", edgecolors="C3", linewidths=2)
         for which, axis in zip("xy", axes, strict=True):
-            if not axis.numeric:
-                _set_ticks(ax, which, axis)
-            elif plots.spans_decades(axis.places):
-                ax.set(**{f"{which}scale": "log"})
+            _set_scale(ax, which, axis)
         plots.style(ax, xlabel=plots.words(x), ylabel=plots.words(y))
         return ax
 
@@ -435,6 +429,13 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and not isinstance(one, np.ndarray | jax.Array) and bool(one == other)
 
 
+def _set_scale(ax: "Axes", which: str, axis: _Axis) -> None:
+    if not axis.numeric:
+        _set_ticks(ax, which, axis)
+    elif plots.spans_decades(axis.places):
+        ax.set(**{f"{which}scale": "log"})
+
+
 def _set_ticks(ax: "Axes", which: str, axis: _Axis) -> None:
     """The values at the places 0, 1, ..., as many as there is room for."""
     every = math.ceil(len(axis.values) / 16)
@@ -525,7 +526,8 @@ def sweep(
     return Sweep(
         points=tuple(points),
         seeds=task.seeds,
-        curves=found.curves,
+        # Without any where Ctrl-C came before the first was trained.
+        curves=found.curves or {"loss": np.full((*found.done.shape, task.steps), np.nan)},
         final=found.final,
         done=found.done,
         by=by,

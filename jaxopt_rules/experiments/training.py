@@ -68,7 +68,7 @@ class Task:
             raise ValueError(f"steps must be an integer >= 1, not {steps!r}")
         self._set_data(batches, steps)
         self._set_starts(params)
-        if len(self.seeds) > 1 and not (self.seeded_data or _makes(params)):
+        if len(self.seeds) > 1 and not (self.seeded_data or _is_function(params)):
             raise ValueError(
                 f"{len(self.seeds)} seeds would give the same run: let params be a function of a key, or batches one "
                 "of a seed"
@@ -89,7 +89,11 @@ class Task:
         self.data = jax.tree.map(jnp.asarray, _joined(drawn) if self.seeded_data else drawn[0])
 
     def _set_starts(self, params: Any) -> None:
-        begun = [params(jax.random.key(seed)) for seed in self.seeds] if _makes(params) else [params] * len(self.seeds)
+        begun = (
+            [params(jax.random.key(seed)) for seed in self.seeds]
+            if _is_function(params)
+            else [params] * len(self.seeds)
+        )
         self._leaves, self._treedef = trees.flatten(begun[0])
         self._trained = [is_inexact(leaf) for leaf in self._leaves]
         if not any(self._trained):
@@ -151,9 +155,6 @@ class Task:
 def _is_function(x: Any) -> bool:
     """Whether this is a function, and no tree of arrays that can also be called, as modules can."""
     return callable(x) and jax.tree.leaves(x) == [x]
-
-
-_makes = _is_function
 
 
 def _is_scalar(x: Any) -> bool:
